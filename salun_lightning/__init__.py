@@ -1,0 +1,41 @@
+"""Machine unlearning with PyTorch Lightning: SalUn and the methods it is compared with.
+
+The names below are imported on first use, so that ``import salun_lightning`` costs nothing.
+"""
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import Any
+
+_WHERE = {
+    "CIFAR10DataModule": "data",
+    "CIFAR100DataModule": "data",
+    "DigitsDataModule": "data",
+    "FineTune": "methods",
+    "ForgetClasses": "data",
+    "ForgetIndices": "data",
+    "ForgetRandom": "data",
+    "ForgetRetainDataModule": "data",
+    "GradientAscent": "methods",
+    "ImageClassifier": "modules",
+    "ImageFolderDataModule": "data",
+    "MembershipInference": "metrics",
+    "Method": "methods",
+    "NegGradPlus": "methods",
+    "RandomLabel": "methods",
+    "SVHNDataModule": "data",
+    "SaliencyMask": "saliency",
+    "SaliencyMasking": "saliency",
+    "SmallResNet": "networks",
+    "TorchvisionClassifier": "networks",
+    "saliency_scores": "saliency",
+}
+
+__all__ = sorted(_WHERE)  # noqa: PLE0605
+__version__ = version("salun_lightning")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'salun_lightning' has no attribute '{name}'")
+    return getattr(import_module(f"salun_lightning.{_WHERE[name]}"), name)

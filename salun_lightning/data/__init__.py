@@ -1,0 +1,30 @@
+"""What is forgotten, and the loaders. Knows nothing of models."""
+
+from salun_lightning.data.augment import RandomCropFlip
+from salun_lightning.data.cifar import CIFAR10DataModule, CIFAR100DataModule
+from salun_lightning.data.datamodule import ForgetRetainDataModule, Sources
+from salun_lightning.data.digits import DigitsDataModule
+from salun_lightning.data.forget import ForgetClasses, ForgetIndices, ForgetRandom, ForgetRequest
+from salun_lightning.data.image_folder import ImageFolderDataModule
+from salun_lightning.data.order import Order
+from salun_lightning.data.samples import ImageTensors, Samples, joined
+from salun_lightning.data.svhn import SVHNDataModule
+
+__all__ = [
+    "CIFAR10DataModule",
+    "CIFAR100DataModule",
+    "DigitsDataModule",
+    "ForgetClasses",
+    "ForgetIndices",
+    "ForgetRandom",
+    "ForgetRequest",
+    "ForgetRetainDataModule",
+    "ImageFolderDataModule",
+    "ImageTensors",
+    "Order",
+    "RandomCropFlip",
+    "SVHNDataModule",
+    "Samples",
+    "Sources",
+    "joined",
+]

@@ -1,0 +1,270 @@
+"""The datamodule that knows what is to be forgotten."""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from torch.utils.data import DataLoader
+from typing_extensions import override
+
+from salun_lightning.data.forget import ForgetRequest
+from salun_lightning.data.order import FixedOrder, Order, TrainingOrder
+from salun_lightning.data.samples import ImageTensors, SampleBatches, Transform
+
+
+class Sources(NamedTuple):
+    """Training data, test data and class names of a data set."""
+
+    train: Any
+    test: Any
+    class_names: Sequence[str] | None = None
+
+
+class ForgetRetainDataModule(LightningDataModule):
+    """Splits the training set into what is to be forgotten and what is to be retained.
+
+    One split serves training, retraining, unlearning and evaluation: it follows from the data, ``val_fraction``,
+    ``split_seed`` and the forget request alone. Its digest goes into each checkpoint, and a checkpoint made with another split
+    is refused.
+
+    A training batch is a dictionary with the parts ``forget`` and ``retain`` (each :class:`Samples`), of which either may be
+    absent. Evaluation loaders are dictionaries by set: ``forget``, ``retain``, ``val``, ``test`` and, when whole classes are
+    forgotten, ``test_forget``: the test images of those classes, which ``test`` then leaves out.
+
+    Args:
+        forget: What is to be forgotten.
+        train: Map-style dataset of (image, class) pairs, or :class:`ImageTensors`.
+        test: Likewise, for testing.
+        targets: The classes of ``train`` and ``test``, where these have no ``targets`` or ``labels``.
+        class_names: Names of the classes; their numbers by default.
+        train_transform: Augments training images: whole uint8 batches of :class:`ImageTensors`, else one image at a time.
+        eval_transform: Prepares images for evaluation and for the saliency pass, likewise.
+        val_fraction: How much of each class is set aside for validation, from 0 up to 1.
+        split_seed: Seed of the validation split.
+        batch_size: Samples a batch, on each process.
+        order: How training interleaves the two sets, see ``TrainingOrder``; by default as the module's method was published.
+        num_workers: Loader processes, for datasets that are not held in memory.
+
+    Raises:
+        ValueError: The request cannot be met, or leaves nothing to forget or nothing to retain.
+    """
+
+    forget_indices: Tensor
+    """Positions of the forget set in the training data, ascending int64; after ``setup``."""
+
+    retain_indices: Tensor
+    """Positions of the retain set in the training data, ascending int64; after ``setup``."""
+
+    def __init__(
+        self,
+        forget: ForgetRequest,
+        train: Any = None,
+        test: Any = None,
+        targets: tuple[Sequence[int], Sequence[int]] | None = None,
+        class_names: list[str] | None = None,
+        train_transform: Transform | None = None,
+        eval_transform: Transform | None = None,
+        val_fraction: float = 0.0,
+        split_seed: int = 0,
+        batch_size: int = 256,
+        order: Order | None = None,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        if not 0 <= val_fraction < 1:
+            raise ValueError(f"val_fraction must be at least 0 and below 1, got {val_fraction}.")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be positive, got {batch_size}.")
+        self.forget = forget
+        self.given = Sources(train, test, class_names)
+        self.targets = targets
+        self.train_transform = train_transform
+        self.eval_transform = eval_transform
+        self.val_fraction = val_fraction
+        self.split_seed = split_seed
+        self.batch_size = batch_size
+        self.order = order
+        self.num_workers = num_workers
+        self._ready = False
+
+    def load(self) -> Sources:
+        """The data. A subclass for a data set overrides this."""
+        if self.given.train is None or self.given.test is None:
+            raise ValueError("ForgetRetainDataModule needs a train and a test dataset.")
+        return self.given
+
+    @override
+    def setup(self, stage: str | None = None) -> None:
+        if self._ready:
+            return
+        train, test, class_names = self.load()
+        given = self.targets or (None, None)
+        self._train_targets, test_targets = (_targets(d, t) for d, t in zip((train, test), given, strict=True))
+        self.class_names = list(class_names or map(str, range(int(self._train_targets.max()) + 1)))
+        self._train, self._test = train, test
+        val, trained = self._split_validation()
+        self.forget_indices = self.forget.indices(self._train_targets, self.class_names, trained)
+        self.retain_indices = trained[~torch.isin(trained, self.forget_indices)]
+        for name, positions in (("forget", self.forget_indices), ("retain", self.retain_indices)):
+            if not len(positions):
+                raise ValueError(
+                    f"The {name} set is empty: the request selects {len(self.forget_indices)} of {len(trained)} training"
+                    " images."
+                )
+        gone = torch.isin(test_targets, torch.tensor(self.forget.classes(self.class_names)))
+        self._sets = {
+            "forget": (train, self.forget_indices),
+            "retain": (train, self.retain_indices),
+            "val": (train, val),
+            "test": (test, (~gone).nonzero().flatten()),
+            "test_forget": (test, gone.nonzero().flatten()),
+        }
+        self._ready = True
+
+    def _split_validation(self) -> tuple[Tensor, Tensor]:
+        draw = np.random.RandomState(self.split_seed)  # its stream is frozen for good
+        chosen = [np.empty(0, np.int64)]
+        for number in range(len(self.class_names)):
+            members = (self._train_targets == number).nonzero().flatten().numpy()
+            chosen.append(draw.permutation(members)[: round(self.val_fraction * len(members))])
+        val = torch.from_numpy(np.sort(np.concatenate(chosen)))
+        everything = torch.arange(len(self._train_targets))
+        return val, everything[~torch.isin(everything, val)]
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes; after ``setup``."""
+        return len(self.class_names)
+
+    @property
+    def split(self) -> dict[str, str]:
+        """Digests of the training set and of the forget set; after ``setup``."""
+        trained = torch.cat([self.forget_indices, self.retain_indices]).sort().values
+        return {
+            "training_set": _digest(self._train_targets, trained),
+            "forget_set": _digest(self._train_targets, self.forget_indices),
+        }
+
+    @property
+    def fingerprint(self) -> str:
+        """A short digest of the split; after ``setup``."""
+        return hashlib.sha256(json.dumps(self.split).encode()).hexdigest()[:16]
+
+    @override
+    def state_dict(self) -> dict[str, str]:
+        return {**self.split, "order": self._training_order()}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, str]) -> None:
+        """Refuse a checkpoint that was made with another split.
+
+        Raises:
+            MisconfigurationException: The training set differs or, unless the checkpoint was trained on all of it, the forget
+                set.
+        """
+        self.check_training_set(state_dict)
+        if state_dict["order"] != "all" and state_dict["forget_set"] != self.split["forget_set"]:
+            raise MisconfigurationException(
+                "The checkpoint was made with another forget set than this datamodule's. Give the forget request and seed that"
+                " it was made with."
+            )
+
+    def check_training_set(self, state_dict: dict[str, str]) -> None:
+        """Refuse an original model that was trained on another training set.
+
+        Raises:
+            MisconfigurationException: The training set differs.
+        """
+        if state_dict["training_set"] != self.split["training_set"]:
+            raise MisconfigurationException(
+                "The checkpoint was made with another split: its training set is not this datamodule's, so part of what is to"
+                " be forgotten may never have been trained on. Give the data, val_fraction and split_seed it was made with."
+            )
+
+    def _training_order(self) -> Order:
+        module = self.trainer.lightning_module if self.trainer is not None else None
+        order: Order = self.order or getattr(module, "order", "paired")
+        return order
+
+    @override
+    def train_dataloader(self) -> DataLoader[Any]:
+        order = self._training_order()
+        marked = torch.zeros(len(self._train_targets), dtype=torch.bool)
+        if order != "all":
+            marked[self.forget_indices] = True
+        sampler = TrainingOrder(
+            self.forget_indices,
+            self.retain_indices,
+            order,
+            self.batch_size,
+            int(os.environ.get("PL_GLOBAL_SEED", 0)),  # what seed_everything was called with, as in Lightning's own samplers
+            *self._replicas(),
+        )
+        return self._loader(SampleBatches(self._train, self.train_transform, marked), sampler)
+
+    def forget_dataloader(self) -> DataLoader[Any]:
+        """The forget set for the saliency pass: all of it on every process, in order, with evaluation transforms."""
+        marked = torch.ones(len(self._train_targets), dtype=torch.bool)
+        sampler = FixedOrder(self.forget_indices, self.batch_size)
+        return self._loader(SampleBatches(self._train, self.eval_transform, marked), sampler)
+
+    @override
+    def val_dataloader(self) -> dict[str, DataLoader[Any]]:
+        return self._evaluation("forget", "val")
+
+    @override
+    def test_dataloader(self) -> dict[str, DataLoader[Any]]:
+        return self._evaluation(*self._sets)
+
+    @override
+    def predict_dataloader(self) -> dict[str, DataLoader[Any]]:
+        return self._evaluation(*self._sets)
+
+    def _evaluation(self, *names: str) -> dict[str, DataLoader[Any]]:
+        loaders = {}
+        for name in names:
+            source, positions = self._sets[name]
+            if len(positions):
+                sampler = FixedOrder(positions, self.batch_size, *self._replicas())
+                loaders[name] = self._loader(SampleBatches(source, self.eval_transform), sampler)
+        return loaders
+
+    def _replicas(self) -> tuple[int, int]:
+        return (self.trainer.world_size, self.trainer.global_rank) if self.trainer is not None else (1, 0)
+
+    def _loader(self, batches: SampleBatches, sampler: TrainingOrder | FixedOrder) -> DataLoader[Any]:
+        num_workers = self.num_workers
+        if isinstance(batches.source, ImageTensors):
+            num_workers = 0  # a batch is one indexing operation where the images lie: a worker could only be slower
+            if self.trainer is not None:
+                device = self.trainer.strategy.root_device
+                batches.source.images = batches.source.images.to(device)
+                batches.source.targets = batches.source.targets.to(device)
+        return DataLoader(
+            batches,
+            sampler=sampler,
+            batch_size=None,  # the samplers make whole batches
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+        )
+
+
+def _targets(dataset: Any, given: Sequence[int] | None) -> Tensor:
+    for targets in (given, getattr(dataset, "targets", None), getattr(dataset, "labels", None)):
+        if targets is not None:
+            return torch.as_tensor(targets).long().cpu()
+    raise ValueError(f"{type(dataset).__name__} has neither targets nor labels; give the datamodule its targets.")
+
+
+def _digest(*arrays: Tensor) -> str:
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(array.to(torch.int64).numpy().astype("<i8").tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,153 @@
+"""Forget requests: which images of the training set are to be forgotten."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+
+class ForgetRequest(ABC):
+    """What is to be forgotten, as positions in the training data.
+
+    The same request gives the same positions in every run, in every process and with every version of this library.
+    """
+
+    @abstractmethod
+    def indices(self, targets: Tensor, class_names: Sequence[str], trained: Tensor) -> Tensor:
+        """The positions to forget.
+
+        Args:
+            targets: The class of each image of the training data, int64 of shape (N,).
+            class_names: The name of each class.
+            trained: The positions that are trained on, ascending: all but the validation set.
+
+        Returns:
+            Distinct positions out of ``trained``, ascending, int64.
+
+        Raises:
+            ValueError: The request cannot be met by this training data.
+        """
+
+    def classes(self, class_names: Sequence[str]) -> list[int]:
+        """The classes that are forgotten whole, and therefore leave the test set; none unless stated."""
+        return []
+
+
+class ForgetClasses(ForgetRequest):
+    """Forget every training image of some classes (class-wise forgetting).
+
+    Args:
+        names: The classes, by name or by number.
+
+    Example:
+        >>> ForgetClasses(["cat"]).indices(torch.tensor([0, 1, 0]), ["cat", "dog"], torch.arange(3))
+        tensor([0, 2])
+    """
+
+    def __init__(self, names: list[int | str]) -> None:
+        self.names = names
+
+    @override
+    def classes(self, class_names: Sequence[str]) -> list[int]:
+        numbers = []
+        for name in self.names:
+            number = list(class_names).index(str(name)) if str(name) in class_names else name
+            if not isinstance(number, int) or not 0 <= number < len(class_names):
+                raise ValueError(f"There is no class '{name}'. The classes are: {', '.join(class_names)}.")
+            numbers.append(number)
+        return sorted(set(numbers))
+
+    @override
+    def indices(self, targets: Tensor, class_names: Sequence[str], trained: Tensor) -> Tensor:
+        return trained[torch.isin(targets[trained], torch.tensor(self.classes(class_names)))]
+
+
+class ForgetRandom(ForgetRequest):
+    """Forget randomly drawn training images (random data forgetting; SalUn, section 5.1).
+
+    Args:
+        fraction: How much of the training set (or of the class) is forgotten, between 0 and 1.
+        count: In place of ``fraction``, how many images are forgotten.
+        seed: The same seed draws the same images. NumPy's legacy generator, whose stream is frozen for good, draws them.
+        within_class: Draw from this class only, by name or by number.
+
+    Example:
+        >>> ForgetRandom(count=3, seed=1).indices(torch.zeros(10, dtype=torch.int64), ["cat"], torch.arange(10))
+        tensor([2, 6, 9])
+    """
+
+    def __init__(
+        self,
+        fraction: float | None = None,
+        count: int | None = None,
+        seed: int = 0,
+        within_class: int | str | None = None,
+    ) -> None:
+        if (fraction is None) == (count is None):
+            raise ValueError("ForgetRandom takes either fraction or count.")
+        if fraction is not None and not 0 < fraction < 1:
+            raise ValueError(f"The fraction to forget must lie between 0 and 1, got {fraction}.")
+        if count is not None and count < 1:
+            raise ValueError(f"The count to forget must be positive, got {count}.")
+        self.fraction = fraction
+        self.count = count
+        self.seed = seed
+        self.within_class = within_class
+
+    @override
+    def indices(self, targets: Tensor, class_names: Sequence[str], trained: Tensor) -> Tensor:
+        pool = trained
+        if self.within_class is not None:
+            pool = ForgetClasses([self.within_class]).indices(targets, class_names, trained)
+        count = self.count if self.count is not None else round(self.fraction * len(pool))  # type: ignore[operator]
+        if count > len(pool):
+            raise ValueError(f"{count} images are to be forgotten, but there are only {len(pool)}.")
+        drawn = np.random.RandomState(self.seed).permutation(len(pool))[:count]
+        return pool[torch.from_numpy(np.sort(drawn))]
+
+
+class ForgetIndices(ForgetRequest):
+    """Forget these training images, as a deletion request names them.
+
+    Args:
+        positions: Positions in the training data, counted from 0 and before a validation set is split off, or a text file with
+            one position a line.
+
+    Example:
+        >>> ForgetIndices([5, 2]).indices(torch.zeros(10, dtype=torch.int64), ["cat"], torch.arange(10))
+        tensor([2, 5])
+    """
+
+    def __init__(self, positions: list[int] | str | Path) -> None:
+        self.positions = positions
+
+    @override
+    def indices(self, targets: Tensor, class_names: Sequence[str], trained: Tensor) -> Tensor:
+        positions = self.positions if isinstance(self.positions, list) else _read_positions(Path(self.positions))
+        for position in positions:
+            if not 0 <= position < len(targets):
+                raise ValueError(
+                    f"Index {position} is out of range: the training data has {len(targets)} images, numbered from 0."
+                )
+        forget = torch.tensor(sorted(set(positions)), dtype=torch.int64)
+        untrained = forget[~torch.isin(forget, trained)]
+        if len(untrained):
+            raise ValueError(f"Image {int(untrained[0])} is in the validation set: the model was never trained on it.")
+        return forget
+
+
+def _read_positions(path: Path) -> list[int]:
+    if not path.is_file():
+        raise ValueError(f"There is no file of positions to forget at '{path}'.")
+    positions = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if line.strip():
+            try:
+                positions.append(int(line))
+            except ValueError:
+                raise ValueError(f"Line {number} of '{path}' is not a position: '{line.strip()}'.") from None
+    return positions

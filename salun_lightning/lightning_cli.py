@@ -1,0 +1,80 @@
+"""LightningCLI for modules that forget."""
+
+import sys
+from typing import Any
+
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.trainer.states import TrainerFn
+from typing_extensions import override
+
+import salun_lightning.data
+import salun_lightning.methods
+import salun_lightning.modules
+import salun_lightning.networks  # noqa: F401  # classes of imported modules can be named without their module
+from salun_lightning.modules import ProbabilityWriter
+from salun_lightning.saliency import SaliencyMasking
+
+
+class SaveConfig(SaveConfigCallback):
+    """Saves the configuration of each command under its own name, so that ``test`` does not overwrite that of ``fit``."""
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.config_filename = "config.yaml" if stage == "fit" else f"config_{TrainerFn(stage).value}.yaml"
+        super().setup(trainer, pl_module, stage)
+
+
+class UnlearningCLI(LightningCLI):
+    """LightningCLI, any LightningModule and any LightningDataModule, and ``saliency:``.
+
+    ``trainer.default_root_dir`` is the run folder: the configuration, the metrics (``metrics.csv``, unless another logger is
+    given) and the last checkpoint (``checkpoints/last.ckpt``, each epoch) lie in it.
+
+    Args:
+        args: Command-line arguments; by default those of this process.
+        **kwargs: See ``LightningCLI``.
+    """
+
+    def __init__(self, args: ArgsType = None, **kwargs: Any) -> None:
+        checkpoint = ModelCheckpoint(filename="last", enable_version_counter=False, save_on_train_epoch_end=True)
+        # LightningCLI warns of arguments beside those of the process, which belong to whoever calls main(args)
+        program, sys.argv = sys.argv, sys.argv if args is None else sys.argv[:1]
+        try:
+            super().__init__(
+                LightningModule,
+                LightningDataModule,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                save_config_callback=SaveConfig,
+                save_config_kwargs={"overwrite": True},
+                trainer_defaults={"callbacks": [checkpoint, ProbabilityWriter()]},
+                seed_everything_default=0,
+                auto_configure_optimizers=False,
+                args=args,
+                **kwargs,
+            )
+        finally:
+            sys.argv = program
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--saliency",
+            type=SaliencyMasking | None,
+            default=None,
+            help="Which weights may move: ratio or mask, score, freeze_buffers. Without it, all may.",
+        )
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        trainer = self._get(self.config_init, "trainer")
+        folder = trainer.get("default_root_dir") or "."
+        if trainer.get("logger") is None:
+            kwargs["logger"] = CSVLogger(folder, name="", version="")
+        saliency = self._get(self.config_init, "saliency")
+        if saliency is not None:
+            kwargs["callbacks"] = [*(trainer.get("callbacks") or []), saliency]
+        return super().instantiate_trainer(**kwargs)

@@ -1,0 +1,22 @@
+"""GA: climb the loss of the forget set."""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+from typing_extensions import override
+
+from salun_lightning.data import Order, Samples
+from salun_lightning.methods.base import Method, Trainee
+
+
+class GradientAscent(Method):
+    r"""GA: :math:`\max_\theta E_{D_f} \ell` (Thudi et al., EuroS&P 2022; SalUn, section 5.1).
+
+    The loss has no upper bound, and nothing holds the retain set: the learning rate decides everything.
+    """
+
+    order: Order = "forget"
+
+    @override
+    def loss(self, module: Trainee, batch: Mapping[str, Samples]) -> Tensor:
+        return -module.task_loss(batch["forget"])

@@ -1,0 +1,28 @@
+"""NegGrad+: descend on the retain set while climbing on the forget set."""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+from typing_extensions import override
+
+from salun_lightning.data import Order, Samples
+from salun_lightning.methods.base import Method, Trainee
+
+
+class NegGradPlus(Method):
+    r"""NegGrad+: :math:`\min_\theta \alpha E_{D_r} \ell - (1 - \alpha) E_{D_f} \ell` (Kurmanji et al., NeurIPS 2023, section 4).
+
+    Args:
+        alpha: Weight of the retain loss. Close to 1, or the unbounded forget loss takes over.
+    """
+
+    order: Order = "paired"
+
+    def __init__(self, alpha: float = 0.999) -> None:
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"alpha must lie between 0 and 1, got {alpha}.")
+        self.alpha = alpha
+
+    @override
+    def loss(self, module: Trainee, batch: Mapping[str, Samples]) -> Tensor:
+        return self.alpha * module.task_loss(batch["retain"]) - (1 - self.alpha) * module.task_loss(batch["forget"])

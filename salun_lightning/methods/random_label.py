@@ -1,0 +1,65 @@
+"""RL: train what is to be forgotten on wrong labels. With a saliency mask, this is SalUn."""
+
+import os
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from salun_lightning.data import Order, Samples, joined
+from salun_lightning.methods.base import Method, Trainee
+
+_MASK_32 = 0xFFFFFFFF
+
+
+class RandomLabel(Method):
+    r"""RL: :math:`\min_\theta E_{D_f, y' \neq y} \ell(x, y') + E_{D_r} \ell(x, y)` (SalUn, section 4, eq. 5, alpha = 1).
+
+    A label is never the true one, and uniform over the others. It depends on the seed, the epoch and the sample alone, not on
+    batches, processes or where a run was resumed. As released, each epoch goes through the forget set first and then through
+    the retain set (order ``sequential``); with ``paired`` or ``mixed`` both are in one batch and count by their size.
+
+    Args:
+        redraw: Draw new labels each epoch, as released for CIFAR-10; else once.
+        seed: Seed of the labels; by default that of the run.
+
+    Raises:
+        ValueError: There is only one class, so there is no wrong label.
+    """
+
+    order: Order = "sequential"
+
+    def __init__(self, redraw: bool = True, seed: int | None = None) -> None:
+        self.redraw = redraw
+        self.seed = seed
+
+    @override
+    def loss(self, module: Trainee, batch: Mapping[str, Samples]) -> Tensor:
+        parts = dict(batch)
+        if "forget" in parts:
+            epoch = module.current_epoch if self.redraw else 0
+            parts["forget"] = self.relabelled(parts["forget"], module.num_classes, epoch)
+        return module.task_loss(joined(list(parts.values())))
+
+    def relabelled(self, samples: Samples, num_classes: int, epoch: int) -> Samples:
+        """The same samples with wrong labels.
+
+        Args:
+            samples: Samples with their true classes.
+            num_classes: The number of classes, at least 2.
+            epoch: Labels of different epochs are drawn independently.
+        """
+        if num_classes < 2:
+            raise ValueError("Random labels need at least two classes.")
+        seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if self.seed is None else self.seed
+        draws = _mixed(samples.indices + _mixed(torch.tensor(seed * 1_000_003 + epoch)).to(samples.indices.device))
+        return samples._replace(targets=(samples.targets + 1 + draws % (num_classes - 1)) % num_classes)
+
+
+def _mixed(numbers: Tensor) -> Tensor:
+    """Scramble int64 numbers to 32 bits: two rounds of multiply and xor-shift with odd constants."""
+    numbers = numbers & _MASK_32
+    for multiplier in (0x45D9F3B, 0x119DE1F3):
+        numbers = ((numbers ^ (numbers >> 16)) * multiplier) & _MASK_32
+    return numbers ^ (numbers >> 16)

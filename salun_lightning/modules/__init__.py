@@ -1,0 +1,7 @@
+"""The LightningModules."""
+
+from salun_lightning.modules.base import UnlearningModule
+from salun_lightning.modules.classifier import ImageClassifier
+from salun_lightning.modules.writer import ProbabilityWriter
+
+__all__ = ["ImageClassifier", "ProbabilityWriter", "UnlearningModule"]

@@ -1,0 +1,122 @@
+"""What the LightningModules for all kinds of models share."""
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+from typing_extensions import override
+
+from salun_lightning.data import ForgetRetainDataModule, Order, Samples
+from salun_lightning.methods import FineTune, Method
+from salun_lightning.modules.loading import load_weights, read_checkpoint
+
+
+class UnlearningModule(LightningModule, ABC):
+    """A network that is trained by a method: one module for the original, the retrained and the unlearned model.
+
+    Every epoch starts from random numbers that depend on the seed, the epoch and the rank alone, so that a run resumed at the
+    end of an epoch goes on as if it had never stopped.
+
+    Args:
+        network: The network.
+        method: How it is trained: ``FineTune`` for the original and the retrained model, else a method of forgetting.
+        original: Checkpoint of the original model to start from; None starts from the network as it is. (Lightning's
+            ``ckpt_path`` also restores the optimizer and the epoch: it resumes or tests a run, and takes precedence.)
+        optimizer: Makes the optimizer from the parameters.
+        lr_scheduler: Makes the learning-rate scheduler from the optimizer.
+        lr_interval: Whether the scheduler steps each epoch or each optimizer step.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        method: Method | None = None,
+        original: str | os.PathLike[str] | None = None,
+        optimizer: OptimizerCallable = lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, weight_decay=5e-4),
+        lr_scheduler: LRSchedulerCallable | None = None,
+        lr_interval: Literal["epoch", "step"] = "epoch",
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.method = FineTune() if method is None else method
+        self.original = original
+        self.make_optimizer = optimizer
+        self.make_lr_scheduler = lr_scheduler
+        self.lr_interval = lr_interval
+        self._started = False
+
+    @abstractmethod
+    def task_loss(self, samples: Samples) -> Tensor:
+        """The ordinary training loss, as a mean over the samples; a scalar."""
+
+    def forget_loss(self, samples: Samples) -> Tensor:
+        """The loss whose gradient over the forget set is the saliency: by default the task loss (its sign does not matter)."""
+        return self.task_loss(samples)
+
+    @property
+    def order(self) -> Order:
+        """The order of training batches that the method was published with."""
+        return self.method.order
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes, as the datamodule has it."""
+        number: int = self.trainer.datamodule.num_classes  # type: ignore[attr-defined]
+        return number
+
+    @override
+    def setup(self, stage: str) -> None:
+        if stage == "fit":  # before the strategy wraps or shards the network; a resumed run restores its own weights later
+            self._start()
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._started = True
+
+    @override
+    def on_validation_start(self) -> None:
+        self._start()
+
+    @override
+    def on_test_start(self) -> None:
+        self._start()
+
+    @override
+    def on_predict_start(self) -> None:
+        self._start()
+
+    def _start(self) -> None:
+        """Load the original model, unless training or a checkpoint has already put other weights in place."""
+        if self.original is None or self._started:
+            return
+        checkpoint = read_checkpoint(self.original)
+        datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
+        if isinstance(datamodule, ForgetRetainDataModule) and type(datamodule).__qualname__ in checkpoint:
+            datamodule.check_training_set(checkpoint[type(datamodule).__qualname__])
+        load_weights(self.network, checkpoint)
+        self._started = True
+
+    @override
+    def on_train_epoch_start(self) -> None:
+        seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
+        torch.manual_seed((seed * 1_000_003 + self.current_epoch) * 1_000_003 + self.global_rank)
+
+    @override
+    def training_step(self, batch: Mapping[str, Samples]) -> Tensor:
+        loss = self.method.loss(self, batch)
+        size = sum(len(part.targets) for part in batch.values())
+        self.log("train/loss", loss, prog_bar=True, on_step=False, on_epoch=True, batch_size=size)
+        return loss
+
+    @override
+    def configure_optimizers(self) -> Any:
+        optimizer = self.make_optimizer(parameter for parameter in self.parameters() if parameter.requires_grad)
+        if self.make_lr_scheduler is None:
+            return optimizer
+        scheduler = self.make_lr_scheduler(optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": self.lr_interval}}

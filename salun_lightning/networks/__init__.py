@@ -1,0 +1,6 @@
+"""Networks that the configurations name. They take images in [0, 1] and normalise inside."""
+
+from salun_lightning.networks.small_resnet import SmallResNet
+from salun_lightning.networks.torchvision_classifier import TorchvisionClassifier
+
+__all__ = ["SmallResNet", "TorchvisionClassifier"]

@@ -1,0 +1,7 @@
+"""Which weights may move. Knows tensors and their names; knows nothing of images, datasets or methods."""
+
+from salun_lightning.saliency.mask import SaliencyMask
+from salun_lightning.saliency.masking import SaliencyMasking
+from salun_lightning.saliency.scores import Score, saliency_scores
+
+__all__ = ["SaliencyMask", "SaliencyMasking", "Score", "saliency_scores"]
