@@ -1,7 +1,5 @@
 """Runs one cell of a comparison, or picks it up where it was."""
 
-import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,21 +9,16 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Timer
 from typing_extensions import override
 
+from salun_lightning.comparison.files import read_json, write_json
 from salun_lightning.comparison.plan import Cell
 from salun_lightning.lightning_cli import UnlearningCLI
 from salun_lightning.saliency import SaliencyMasking
 
 
-def finished(cell: Cell) -> dict[str, Any] | None:
-    """What the cell measured, if it has been run to the end with these settings."""
-    result = _read(cell.folder / "result.json")
-    return result if result.get("key") == cell.key else None
-
-
 def run(cell: Cell) -> dict[str, Any]:
     """Train, test, and write ``result.json``. A run that was killed goes on from its last epoch."""
     started = cell.folder / "cell.json"
-    if _read(started).get("key") != cell.key:  # nothing there, or something that was made with other settings
+    if read_json(started).get("key") != cell.key:  # nothing there, or something that was made with other settings
         shutil.rmtree(cell.folder, ignore_errors=True)
         write_json(started, {"key": cell.key, "command": cell.command})
     cli = UnlearningCLI(args=list(cell.arguments), run=False)
@@ -74,29 +67,7 @@ class _ForgetConfidence(Callback):
         self.values: list[float] = []
 
     @override
-    def on_test_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any, **__: Any
-    ) -> None:
+    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any, **__: Any) -> None:
         if outputs["set"] == "forget":
             true = outputs["probabilities"].gather(1, outputs["target"].unsqueeze(1))
             self.values += true.flatten().tolist()
-
-
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return content
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a file that appears whole or not at all."""
-    write_text(path, json.dumps(content, indent=1) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file that appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)

@@ -5,12 +5,14 @@ import os
 import platform
 import time
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser
 
 import salun_lightning
+from salun_lightning.comparison.files import write_json, write_text
 from salun_lightning.comparison.plan import Cell, Row, plan
 from salun_lightning.comparison.report import METRICS, average_gap, markdown, plot, summarise
 
@@ -56,16 +58,14 @@ def compare(
     wanted = {cell for cell in cells.values() if cell.row in chosen}
     wanted |= {cell.original for cell in wanted if cell.original is not None}
     started = time.perf_counter()
-    results = _run_all([cell for cell in cells.values() if cell in wanted], reference)
-    return _report(rows, cells, results, reference, noise_floor, out, time.perf_counter() - started)
+    _run_all([cell for cell in cells.values() if cell in wanted], reference)
+    return _report(rows, cells.values(), reference, noise_floor, out, time.perf_counter() - started)
 
 
-def _run_all(cells: list[Cell], reference: str) -> dict[tuple[str, int], dict[str, Any]]:
-    from salun_lightning.comparison.cells import finished
-
+def _run_all(cells: list[Cell], reference: str) -> None:
     results: dict[tuple[str, int], dict[str, Any]] = {}
     for number, cell in enumerate(cells, start=1):
-        result = finished(cell)
+        result = cell.result
         note = "was there"
         if result is None:
             result = _run_quietly(cell)
@@ -75,7 +75,6 @@ def _run_all(cells: list[Cell], reference: str) -> dict[tuple[str, int], dict[st
         paired = results.get((reference, cell.seed))
         gap = f"  gap {average_gap(result['metrics'], paired['metrics']):5.2f}" if paired else " " * 11
         print(f"[{number:3}/{len(cells)}] {cell.row:<24} seed {cell.seed}  {figures}{gap}  {note}", flush=True)
-    return results
 
 
 def _run_quietly(cell: Cell) -> dict[str, Any]:
@@ -96,18 +95,16 @@ def _run_quietly(cell: Cell) -> dict[str, Any]:
 
 
 def _report(
-    rows: dict[str, Row],
-    cells: dict[tuple[str, int], Cell],
-    ran: dict[tuple[str, int], dict[str, Any]],
+    rows: Iterable[str],
+    cells: Iterable[Cell],
     reference: str,
     noise_floor: str | None,
     out: Path,
     seconds: float,
 ) -> dict[str, Any]:
-    from salun_lightning.comparison.cells import finished, write_json, write_text
-
-    found = {key: ran.get(key) or finished(cell) for key, cell in cells.items()}
-    results = {(row, seed): found[row, seed] for row in rows for seed in {s for _, s in cells} if found[row, seed]}
+    order = list(rows)
+    cells = sorted(cells, key=lambda cell: (order.index(cell.row), cell.seed))
+    results = {(cell.row, cell.seed): result for cell in cells if (result := cell.result) is not None}
     summary = summarise(results, reference)
     table = markdown(summary, results, reference, noise_floor)
     write_text(out / "table.md", table)
@@ -139,6 +136,6 @@ def compare_command(args: list[str]) -> dict[str, Any]:
     parser.add_argument("-c", "--config", action="config", help="YAML file of the options below.")
     parser.add_function_arguments(compare)
     parsed = parser.parse_args(args)
-    options = parser.instantiate(parsed) if hasattr(parser, "instantiate") else parser.instantiate_classes(parsed)
+    options = parser.instantiate_classes(parsed)
     options.pop("config", None)
     return compare(**options.as_dict())

@@ -13,6 +13,7 @@ import yaml
 from jsonargparse.typing import Path_fr
 
 import salun_lightning
+from salun_lightning.comparison.files import read_json
 
 
 @dataclass
@@ -57,6 +58,12 @@ class Cell:
     def checkpoint(self) -> Path:
         """The last checkpoint of the run."""
         return self.folder / "checkpoints" / "last.ckpt"
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """What was measured, if the cell has been run to the end with these settings."""
+        result = read_json(self.folder / "result.json")
+        return result if result.get("key") == self.key else None
 
 
 def plan(rows: dict[str, Row], seeds: list[int], options: dict[str, Any], out: Path) -> dict[tuple[str, int], Cell]:

@@ -41,7 +41,7 @@ def summarise(results: Results, reference: str) -> dict[str, dict[str, dict[str,
 
 
 def average_gap(metrics: Mapping[str, float], reference: Mapping[str, float]) -> float:
-    """Mean absolute difference of UA, RA, TA and MIA, in percentage points (SalUn, section 5.1).
+    """Mean absolute difference of UA, RA, TA and MIA, in percentage points (Fan et al., ICLR 2024).
 
     Example:
         >>> average_gap({"UA": 1, "RA": 100, "TA": 98, "MIA": 4}, {"UA": 3, "RA": 100, "TA": 99, "MIA": 5})
@@ -108,9 +108,7 @@ def plot(summary: Mapping[str, Any], results: Results, reference: str, noise_flo
     return paths
 
 
-def _draw_metrics(
-    plt: Any, summary: Mapping[str, Any], results: Results, reference: str, noise_floor: str | None
-) -> None:
+def _draw_metrics(plt: Any, summary: Mapping[str, Any], results: Results, reference: str, noise_floor: str | None) -> None:
     rows = [row for row in summary if row not in (reference, noise_floor)]
     _, axes = plt.subplots(1, 5, figsize=(15, 0.55 * len(rows) + 1.6), sharey=True)
     colours = {row: f"C{i}" for i, row in enumerate(rows)}
@@ -129,7 +127,7 @@ def _draw_metrics(
             axis.plot(summary[row][name]["mean"], y, "D", color=colours[row], markersize=7)
         axis.grid(axis="x", alpha=0.3)
         axis.set_title("avg. gap (lower is better)" if name == "gap" else f"{name}  [%]", fontsize=11)
-        mark = summary.get(noise_floor, {}).get("gap") if name == "gap" else summary.get(reference, {}).get(name)
+        mark = summary.get(noise_floor or "", {}).get("gap") if name == "gap" else summary.get(reference, {}).get(name)
         if mark:
             label = "noise floor" if name == "gap" else reference
             axis.axvline(mark["mean"], color="black", linewidth=1, label=label)

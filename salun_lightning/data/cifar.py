@@ -45,7 +45,7 @@ class CIFAR10DataModule(ForgetRetainDataModule):
     @override
     def load(self) -> Sources:
         train, test = (self.dataset(self.root, train=train) for train in (True, False))
-        return Sources(*(_in_memory(dataset) for dataset in (train, test)), train.classes)
+        return Sources(_in_memory(train), _in_memory(test), train.classes)
 
 
 class CIFAR100DataModule(CIFAR10DataModule):

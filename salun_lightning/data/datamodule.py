@@ -2,20 +2,19 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from salun_lightning.data.forget import ForgetRequest
-from salun_lightning.data.order import FixedOrder, Order, TrainingOrder
+from salun_lightning.data.order import FixedOrder, Order, TrainingOrder, run_seed
 from salun_lightning.data.samples import ImageTensors, SampleBatches, Transform
 
 
@@ -190,8 +189,8 @@ class ForgetRetainDataModule(LightningDataModule):
 
     def _training_order(self) -> Order:
         module = self.trainer.lightning_module if self.trainer is not None else None
-        order: Order = self.order or getattr(module, "order", "paired")
-        return order
+        default: Order = getattr(module, "order", "paired")
+        return self.order or default
 
     @override
     def train_dataloader(self) -> DataLoader[Any]:
@@ -204,7 +203,7 @@ class ForgetRetainDataModule(LightningDataModule):
             self.retain_indices,
             order,
             self.batch_size,
-            int(os.environ.get("PL_GLOBAL_SEED", 0)),  # what seed_everything was called with, as in Lightning's own samplers
+            run_seed(),
             *self._replicas(),
         )
         return self._loader(SampleBatches(self._train, self.train_transform, marked), sampler)

@@ -35,5 +35,7 @@ class DigitsDataModule(ForgetRetainDataModule):
             members = (targets == number).nonzero().flatten().numpy()
             test[torch.from_numpy(draw.permutation(members)[: len(members) // 5])] = True
         return Sources(
-            ImageTensors(images[~test], targets[~test]), ImageTensors(images[test], targets[test]), digits.target_names.astype(str).tolist()
+            ImageTensors(images[~test], targets[~test]),
+            ImageTensors(images[test], targets[test]),
+            digits.target_names.astype(str).tolist(),
         )

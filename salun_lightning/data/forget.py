@@ -67,7 +67,7 @@ class ForgetClasses(ForgetRequest):
 
 
 class ForgetRandom(ForgetRequest):
-    """Forget randomly drawn training images (random data forgetting; SalUn, section 5.1).
+    """Forget randomly drawn training images (random data forgetting; Fan et al., ICLR 2024).
 
     Args:
         fraction: How much of the training set (or of the class) is forgotten, between 0 and 1.

@@ -21,7 +21,7 @@ class ImageFolderDataModule(ForgetRetainDataModule):
     Args:
         root: The folder that holds ``train`` and ``test``.
         image_size: Height and width of the images that the network sees.
-        in_memory: Decode every image once and hold all of them as one uint8 tensor. For small images: N x 3 x size x size bytes.
+        in_memory: Decode every image once and hold all of them as one uint8 tensor: N x 3 x size x size bytes.
         **kwargs: See ``ForgetRetainDataModule``. Transforms of images in memory take whole uint8 batches, such as
             ``RandomCropFlip``; there is none by default.
 

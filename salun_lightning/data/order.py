@@ -1,5 +1,6 @@
 """In which order training meets what is to be forgotten and what is to be retained."""
 
+import os
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -7,6 +8,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 from typing_extensions import override
+
+
+def run_seed() -> int:
+    """The seed that ``seed_everything`` was called with, as Lightning's own samplers take it; 0 if it was not."""
+    return int(os.environ.get("PL_GLOBAL_SEED", "0"))
+
 
 Order = Literal["paired", "sequential", "mixed", "forget", "retain", "all"]
 

@@ -33,4 +33,8 @@ class SVHNDataModule(ForgetRetainDataModule):
     @override
     def load(self) -> Sources:
         train, test = (SVHN(str(self.root), split=split) for split in ("train", "test"))
-        return Sources(*(ImageTensors(torch.from_numpy(d.data), torch.from_numpy(d.labels)) for d in (train, test)))
+        return Sources(_in_memory(train), _in_memory(test))
+
+
+def _in_memory(dataset: SVHN) -> ImageTensors:
+    return ImageTensors(torch.from_numpy(dataset.data), torch.from_numpy(dataset.labels))

@@ -12,7 +12,10 @@ from salun_lightning.data import Order, Samples
 class Trainee(Protocol):
     """What a method may ask of the module that it trains."""
 
-    current_epoch: int
+    @property
+    def current_epoch(self) -> int:
+        """The number of the epoch, from 0."""
+        ...
 
     @property
     def num_classes(self) -> int:

@@ -11,10 +11,10 @@ from salun_lightning.methods.base import Method, Trainee
 
 
 class FineTune(Method):
-    r"""FT: :math:`\min_\theta E_{D_r} \ell` (Warnecke et al., NDSS 2023; SalUn, section 5.1).
+    r"""FT: :math:`\min_\theta E_{D_r} \ell` (a baseline of Fan et al., ICLR 2024).
 
-    From a random start the same loss trains the retrained model and, with the order ``all``, the original one. From the original
-    model on, it forgets only as far as training on the retain set overwrites.
+    From a random start the same loss trains the retrained model and, with the order ``all``, the original one. From the
+    original model on, it forgets only as far as training on the retain set overwrites.
 
     Args:
         order: ``retain`` trains on the retain set, ``all`` on the whole training set.

@@ -10,7 +10,7 @@ from salun_lightning.methods.base import Method, Trainee
 
 
 class GradientAscent(Method):
-    r"""GA: :math:`\max_\theta E_{D_f} \ell` (Thudi et al., EuroS&P 2022; SalUn, section 5.1).
+    r"""GA: :math:`\max_\theta E_{D_f} \ell` (a baseline of Fan et al., ICLR 2024).
 
     The loss has no upper bound, and nothing holds the retain set: the learning rate decides everything.
     """

@@ -10,7 +10,7 @@ from salun_lightning.methods.base import Method, Trainee
 
 
 class NegGradPlus(Method):
-    r"""NegGrad+: :math:`\min_\theta \alpha E_{D_r} \ell - (1 - \alpha) E_{D_f} \ell` (Kurmanji et al., NeurIPS 2023, section 4).
+    r"""NegGrad+: :math:`\min_\theta \alpha E_{D_r} \ell - (1 - \alpha) E_{D_f} \ell` (Kurmanji et al., NeurIPS 2023).
 
     Args:
         alpha: Weight of the retain loss. Close to 1, or the unbounded forget loss takes over.

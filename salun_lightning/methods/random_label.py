@@ -1,20 +1,19 @@
 """RL: train what is to be forgotten on wrong labels. With a saliency mask, this is SalUn."""
 
-import os
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from salun_lightning.data import Order, Samples, joined
+from salun_lightning.data import Order, Samples, joined, run_seed
 from salun_lightning.methods.base import Method, Trainee
 
 _MASK_32 = 0xFFFFFFFF
 
 
 class RandomLabel(Method):
-    r"""RL: :math:`\min_\theta E_{D_f, y' \neq y} \ell(x, y') + E_{D_r} \ell(x, y)` (SalUn, section 4, eq. 5, alpha = 1).
+    r"""RL: :math:`\min_\theta E_{D_f, y' \neq y} \ell(x, y') + E_{D_r} \ell(x, y)` (Fan et al., ICLR 2024, section 4, with alpha = 1).
 
     A label is never the true one, and uniform over the others. It depends on the seed, the epoch and the sample alone, not on
     batches, processes or where a run was resumed. As released, each epoch goes through the forget set first and then through
@@ -52,7 +51,7 @@ class RandomLabel(Method):
         """
         if num_classes < 2:
             raise ValueError("Random labels need at least two classes.")
-        seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if self.seed is None else self.seed
+        seed = run_seed() if self.seed is None else self.seed
         draws = _mixed(samples.indices + _mixed(torch.tensor(seed * 1_000_003 + epoch)).to(samples.indices.device))
         return samples._replace(targets=(samples.targets + 1 + draws % (num_classes - 1)) % num_classes)
 

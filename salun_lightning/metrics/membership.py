@@ -16,8 +16,8 @@ _GROUPS: tuple[Group, ...] = ("member", "nonmember", "forget")
 class MembershipInference(Metric):
     r"""MIA-efficacy: the fraction of the forget set that an attacker takes for data the model never saw.
 
-    The attack of SalUn (section 5.1) and of Jia et al. (NeurIPS 2023, appendix C.3): a support vector machine (RBF kernel, C = 3,
-    gamma = 1 / number of features) learns from one feature, the probability of the true class, to tell members (retained
+    The attack of SalUn (Fan et al., ICLR 2024) and of Jia et al. (NeurIPS 2023): a support vector machine (RBF kernel,
+    C = 3, gamma = 1 / number of features) learns from one feature, the probability of the true class, to tell members (retained
     training images) from non-members (test images), both by the unlearned model; it is then asked about the forget set. The
     target is the retrained model's value, not 1.
 

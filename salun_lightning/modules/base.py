@@ -11,7 +11,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from typing_extensions import override
 
-from salun_lightning.data import ForgetRetainDataModule, Order, Samples
+from salun_lightning.data import ForgetRetainDataModule, Order, Samples, run_seed
 from salun_lightning.methods import FineTune, Method
 from salun_lightning.modules.loading import load_weights, read_checkpoint
 
@@ -103,8 +103,7 @@ class UnlearningModule(LightningModule, ABC):
 
     @override
     def on_train_epoch_start(self) -> None:
-        seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
-        torch.manual_seed((seed * 1_000_003 + self.current_epoch) * 1_000_003 + self.global_rank)
+        torch.manual_seed((run_seed() * 1_000_003 + self.current_epoch) * 1_000_003 + self.global_rank)
 
     @override
     def training_step(self, batch: Mapping[str, Samples]) -> Tensor:

@@ -20,7 +20,7 @@ _GROUPS: dict[str, Group] = {"retain": "member", "test": "nonmember", "forget": 
 class ImageClassifier(UnlearningModule):
     """Trains, unlearns and tests an image classifier.
 
-    ``test`` logs, in percent (SalUn, section 5.1), with the network in eval mode and without augmentation:
+    ``test`` logs, in percent (Fan et al., ICLR 2024), with the network in eval mode and without augmentation:
 
     - ``UA``: unlearning accuracy, 100 - accuracy on the forget set
     - ``RA``: accuracy on the retain set
@@ -68,12 +68,18 @@ class ImageClassifier(UnlearningModule):
         return prediction
 
     def _count(self, stage: str, name: str, outputs: Tensor, samples: Samples) -> None:
-        self.accuracy[name].update((outputs.argmax(1) == samples.targets).float())
-        self.log(f"{stage}/{name}/acc", self.accuracy[name], add_dataloader_idx=False)  # type: ignore[arg-type]
+        accuracy = self._accuracy(name)
+        accuracy.update((outputs.argmax(1) == samples.targets).float())
+        self.log(f"{stage}/{name}/acc", accuracy, add_dataloader_idx=False)
+
+    def _accuracy(self, name: str) -> MeanMetric:
+        metric = self.accuracy[name]
+        assert isinstance(metric, MeanMetric)
+        return metric
 
     @override
     def on_test_epoch_end(self) -> None:
-        forget, retain, test = (100 * self.accuracy[name].compute() for name in ("forget", "retain", "test"))  # type: ignore[operator]
+        forget, retain, test = (100 * self._accuracy(name).compute() for name in ("forget", "retain", "test"))
         results = {"UA": 100 - forget, "RA": retain, "TA": test, "MIA": 100 * self.mia.compute()}
         self.mia.reset()
         self.log_dict(results, sync_dist=True)

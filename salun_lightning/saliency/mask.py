@@ -13,14 +13,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from salun_lightning.saliency.weights import plain_name
 from salun_lightning.saliency.selection import num_kept, top_k_masks
+from salun_lightning.saliency.weights import plain_name
 
 _FORMAT = "salun_lightning.SaliencyMask/1"
 
 
 class SaliencyMask(Mapping[str, Tensor]):
-    r"""Which weights may move: :math:`m_S = 1(|\nabla_\theta \ell_f(\theta_o)| \ge \gamma)` (SalUn, section 4, eq. 3-4).
+    r"""Which weights may move: :math:`m_S = 1(|\nabla_\theta \ell_f(\theta_o)| \ge \gamma)` (Fan et al., ICLR 2024, section 4).
 
     A read-only mapping from the name of a weight tensor to a bool tensor of its shape, true where the weight may move. It
     holds one bit a weight; ``mask[name]`` unpacks one tensor on the CPU. A name is found with or without what wrappers put
@@ -47,9 +47,7 @@ class SaliencyMask(Mapping[str, Tensor]):
         ratio: float | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> None:
-        packed = {
-            name: (_pack(mask), mask.shape) for name, mask in (masks.items() if isinstance(masks, Mapping) else masks)
-        }
+        packed = {name: (_pack(mask), mask.shape) for name, mask in (masks.items() if isinstance(masks, Mapping) else masks)}
         self._fill(packed, ratio, metadata)
 
     def _fill(
@@ -73,9 +71,7 @@ class SaliencyMask(Mapping[str, Tensor]):
         return mask
 
     @classmethod
-    def from_scores(
-        cls, scores: Mapping[str, Tensor], ratio: float, metadata: Mapping[str, str] | None = None
-    ) -> Self:
+    def from_scores(cls, scores: Mapping[str, Tensor], ratio: float, metadata: Mapping[str, str] | None = None) -> Self:
         """Let exactly the ``floor(ratio * d)`` highest scores of the whole network move, ties by position.
 
         Args:
@@ -242,9 +238,7 @@ class SaliencyMask(Mapping[str, Tensor]):
             bits = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
         metadata = {key: text for key, text in header.items() if key not in {"format", "ratio", "shapes"}}
         shapes = json.loads(header["shapes"])
-        return cls.from_state_dict(
-            {"bits": bits, "shapes": shapes, "ratio": float(header["ratio"]), "metadata": metadata}
-        )
+        return cls.from_state_dict({"bits": bits, "shapes": shapes, "ratio": float(header["ratio"]), "metadata": metadata})
 
     @classmethod
     def _read_torch(cls, path: Path) -> Self:

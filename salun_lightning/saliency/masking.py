@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.data import DataLoader, IterableDataset
@@ -24,7 +24,7 @@ from salun_lightning.saliency.weights import bits_of, fingerprint, weights_of
 
 
 class SaliencyMasking(Callback):
-    r"""Let only the most salient weights move: :math:`\theta_u = m_S \odot \theta + (1 - m_S) \odot \theta_o` (SalUn, eq. 4).
+    r"""Let only the most salient weights move: :math:`\theta_u = m_S \odot \theta + (1 - m_S) \odot \theta_o` (Fan et al., ICLR 2024).
 
     Works with any LightningModule, datamodule and optimizer. When training starts, the mask is restored from the checkpoint
     that is resumed, or loaded from ``mask``, or computed in one pass over the forget set: ``datamodule.forget_dataloader()``
@@ -137,7 +137,7 @@ class SaliencyMasking(Callback):
     def _hold_average(self, average: nn.Module, pl_module: LightningModule) -> None:
         """Averaging rounds: the mean of a number with itself can be off by one bit. Put the average back, too."""
         held = []
-        for mean, weight in zip(average.module.parameters(), pl_module.parameters(), strict=True):  # type: ignore[union-attr, operator]
+        for mean, weight in zip(average.module.parameters(), pl_module.parameters(), strict=True):  # type: ignore[union-attr]
             holder = self._held.get(weight)
             if holder is not None:
                 held.append((mean, holder if mean.device == weight.device else holder.on(mean.device)))
@@ -156,9 +156,7 @@ class SaliencyMasking(Callback):
             self._mask_gradients(weight for optimizer in trainer.optimizers for weight in _parameters(optimizer))
 
     @override
-    def on_before_optimizer_step(
-        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
-    ) -> None:
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer) -> None:
         self._mask_gradients(_parameters(optimizer))
 
     def _mask_gradients(self, weights: Iterable[nn.Parameter]) -> None:
@@ -293,7 +291,8 @@ def _forget_batches(trainer: Trainer) -> Iterable[Any]:
     """The forget set, once, in order, all of it on every rank."""
     datamodule = trainer.datamodule  # type: ignore[attr-defined]
     if hasattr(datamodule, "forget_dataloader"):
-        return _in_order(datamodule.forget_dataloader(), world_size=1)  # all of it on every rank, that is its contract
+        # all of it on every rank, that is its contract
+        return _in_order(datamodule.forget_dataloader(), world_size=1)
     loaders = trainer.train_dataloader
     if isinstance(loaders, Mapping) and "forget" in loaders:
         return ({"forget": batch} for batch in _in_order(loaders["forget"], trainer.world_size))
@@ -323,6 +322,5 @@ def _in_order(loader: Any, world_size: int) -> Iterable[Any]:
             "With several processes the forget set must be a map-style dataset, so that each sample counts exactly once."
             " Give the datamodule such a forget_dataloader(), or compute the mask in one process and pass mask=<file>."
         )
-    return loader
-
-
+    batches: Iterable[Any] = loader
+    return batches

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins.precision import MixedPrecision
-from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy, Strategy
 from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.apply_func import apply_to_collection
@@ -30,19 +30,19 @@ def saliency_scores(
 ) -> dict[str, Tensor]:
     r"""Score every trainable weight by what the forget set says about it.
 
-    - ``gradient``: :math:`|\sum_i \nabla_\theta \ell_f(x_i)|`, the paper's saliency (SalUn, section 4, eq. 3): signed
+    - ``gradient``: :math:`|\sum_i \nabla_\theta \ell_f(x_i)|`, the saliency of SalUn (Fan et al., ICLR 2024, section 4): signed
       gradients are summed over the whole forget set, and the magnitude is taken last.
     - ``fisher``: :math:`\sum_i (\nabla_\theta \ell_f(x_i))^2`, the diagonal of the empirical Fisher information; one backward
       pass a sample.
-    - ``snip``: :math:`|\theta \cdot \sum_i \nabla_\theta \ell_f(x_i)|` (Lee et al., ICLR 2019, eq. 5).
+    - ``snip``: :math:`|\theta \cdot \sum_i \nabla_\theta \ell_f(x_i)|` (Lee et al., ICLR 2019).
     - ``magnitude``: :math:`|\theta|`, which does not look at the data.
     - ``random``: uniform numbers, the control.
 
     The forget loss is ``module.forget_loss`` of the ``forget`` part of a batch where the module has one, else what
     ``module.training_step`` returns or, under manual optimization, what its optimizers would have stepped with. A loss is taken
     as a mean over its batch and counts as many times as the batch has samples, so the batch size does not matter. The network
-    runs in eval mode and without autocast. Gradients, logged values, metrics, random state, train/eval mode and buffers are left
-    as they were found.
+    runs in eval mode and without autocast. Gradients, logged values, metrics, random state, train/eval mode and buffers are
+    left as they were found.
 
     One pass serves any number of ratios: hand the result to :meth:`SaliencyMask.from_scores` once for each.
 
@@ -126,7 +126,7 @@ def _shares(
     Sharded gradients come out as the mean over the ranks. Squares must be of one sample's gradient, so there every rank looks
     at the same sample; sums are shared out, and multiplied by the number of ranks.
     """
-    rank, world = (strategy.global_rank, strategy.world_size) if strategy is not None else (0, 1)
+    rank, world = (strategy.global_rank, strategy.world_size) if isinstance(strategy, ParallelStrategy) else (0, 1)
     sharded = isinstance(strategy, ModelParallelStrategy)
     if squared:
         batches = (sample for batch in batches for sample in _samples(batch))
@@ -159,9 +159,7 @@ def _ready(module: LightningModule, batch: Any, strategy: Strategy | None) -> An
     return strategy.batch_to_device(strategy.precision_plugin.convert_input(batch))
 
 
-def _accumulate(
-    module: LightningModule, batch: Any, share: float, sums: _Sums, strategy: Strategy | None
-) -> None:
+def _accumulate(module: LightningModule, batch: Any, share: float, sums: _Sums, strategy: Strategy | None) -> None:
     """Add the gradient of one batch, summed over its samples."""
     weight = share * extract_batch_size(batch)
     context: AbstractContextManager[Any] = nullcontext()
@@ -198,7 +196,7 @@ def _accumulate_manually(
 ) -> None:
     """Run a manual ``training_step`` and take the gradients that each of its optimizers would have stepped with."""
     recorders = [_Recorder(optimizer, sums) for optimizer in module.trainer.optimizers]
-    stand_ins = {
+    stand_ins: dict[str, Callable[..., Any]] = {
         "optimizers": lambda *_, **__: recorders[0] if len(recorders) == 1 else recorders,
         "lr_schedulers": lambda: None if not module.trainer.lr_scheduler_configs else _ignored_schedulers(module),
         "manual_backward": lambda loss, *args, **kwargs: (loss * weight).backward(*args, **kwargs),

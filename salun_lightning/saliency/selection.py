@@ -73,9 +73,8 @@ def _kth_largest(scores: Mapping[str, Tensor], k: int, width: int) -> tuple[int,
         histogram = torch.zeros(digits, dtype=torch.int64)
         for score in scores.values():
             for bits in _chunks(score, width):
-                if high < width:
-                    bits = bits[bits >> high == prefix]
-                histogram += torch.bincount((bits >> low) & (digits - 1), minlength=digits).cpu()
+                left = bits[bits >> high == prefix] if high < width else bits
+                histogram += torch.bincount((left >> low) & (digits - 1), minlength=digits).cpu()
         at_least = histogram.flip(0).cumsum(0).flip(0)  # scores whose digit is at least d
         digit = int((at_least >= k - above).nonzero().max())
         above += int(at_least[digit] - histogram[digit])
