@@ -13,7 +13,7 @@ _MASK_32 = 0xFFFFFFFF
 
 
 class RandomLabel(Method):
-    r"""RL: :math:`\min_\theta E_{D_f, y' \neq y} \ell(x, y') + E_{D_r} \ell(x, y)` (Fan et al., ICLR 2024, section 4, with alpha = 1).
+    r"""RL: :math:`\min_\theta E_{D_f, y' \neq y} \ell(x, y') + E_{D_r} \ell(x, y)` (Fan et al., ICLR 2024, alpha = 1).
 
     A label is never the true one, and uniform over the others. It depends on the seed, the epoch and the sample alone, not on
     batches, processes or where a run was resumed. As released, each epoch goes through the forget set first and then through

@@ -24,7 +24,7 @@ from salun_lightning.saliency.weights import bits_of, fingerprint, weights_of
 
 
 class SaliencyMasking(Callback):
-    r"""Let only the most salient weights move: :math:`\theta_u = m_S \odot \theta + (1 - m_S) \odot \theta_o` (Fan et al., ICLR 2024).
+    r"""Let only the most salient weights move: :math:`\theta_u = m_S \odot \theta + (1 - m_S) \odot \theta_o` (Fan et al., 2024).
 
     Works with any LightningModule, datamodule and optimizer. When training starts, the mask is restored from the checkpoint
     that is resumed, or loaded from ``mask``, or computed in one pass over the forget set: ``datamodule.forget_dataloader()``
