@@ -40,24 +40,28 @@ class UnlearningCLI(LightningCLI):
 
     def __init__(self, args: ArgsType = None, **kwargs: Any) -> None:
         checkpoint = ModelCheckpoint(filename="last", enable_version_counter=False, save_on_train_epoch_end=True)
-        # LightningCLI warns of arguments beside those of the process, which belong to whoever calls main(args)
+        super().__init__(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=SaveConfig,
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults={"callbacks": [checkpoint, ProbabilityWriter()], "log_every_n_steps": 1},
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            args=args,
+            **kwargs,
+        )
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        # LightningCLI warns of arguments of this process beside args; those belong to whoever calls main(args)
         program, sys.argv = sys.argv, sys.argv if args is None else sys.argv[:1]
         try:
-            super().__init__(
-                LightningModule,
-                LightningDataModule,
-                subclass_mode_model=True,
-                subclass_mode_data=True,
-                save_config_callback=SaveConfig,
-                save_config_kwargs={"overwrite": True},
-                trainer_defaults={"callbacks": [checkpoint, ProbabilityWriter()]},
-                seed_everything_default=0,
-                auto_configure_optimizers=False,
-                args=args,
-                **kwargs,
-            )
+            super().parse_arguments(parser, args)
         finally:
-            sys.argv = program
+            sys.argv = program  # processes of the ddp strategy are started with it
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -68,12 +72,17 @@ class UnlearningCLI(LightningCLI):
             help="Which weights may move: ratio or mask, score, freeze_buffers. Without it, all may.",
         )
 
+    def after_test(self) -> None:
+        """Print each metric once; Lightning's own table (``--verbose true``) repeats them for every loader."""
+        for name, value in sorted(self.trainer.callback_metrics.items()):
+            print(f"{name:<24} {float(value):9.4f}")
+
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         trainer = self._get(self.config_init, "trainer")
         folder = trainer.get("default_root_dir") or "."
-        if trainer.get("logger") is None:
-            kwargs["logger"] = CSVLogger(folder, name="", version="")
+        if trainer.get("logger") is None:  # testing must not overwrite the metrics of training
+            kwargs["logger"] = CSVLogger(folder, name="", version="") if self.subcommand in (None, "fit") else False
         saliency = self._get(self.config_init, "saliency")
         if saliency is not None:
             kwargs["callbacks"] = [*(trainer.get("callbacks") or []), saliency]

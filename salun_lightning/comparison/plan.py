@@ -96,16 +96,21 @@ def plan(rows: dict[str, Row], seeds: list[int], options: dict[str, Any], out: P
 def _cell(name: str, row: Row, seed: int, options: dict[str, Any], out: Path, original: Cell | None) -> Cell:
     folder = out / slug(name) / f"seed-{seed}"
     config = Path(os.path.relpath(row.config.absolute))
-    every = {**options, **row.options, "trainer.default_root_dir": str(folder)}
+    settings = _arguments({**options, **row.options}, seed)
+    places = {"trainer.default_root_dir": str(folder)}
     if original is not None:
-        every["model.original"] = str(original.checkpoint)
-    arguments = ["--config", str(config)]
-    for option, value in every.items():
+        places["model.original"] = str(original.checkpoint)
+    outcome = [salun_lightning.__version__, settings, _contents(config), original.key if original else None]
+    key = hashlib.sha256(json.dumps(outcome).encode()).hexdigest()[:16]
+    return Cell(name, seed, folder, ("--config", str(config), *settings, *_arguments(places, seed)), key, original)
+
+
+def _arguments(options: dict[str, Any], seed: int) -> list[str]:
+    arguments = []
+    for option, value in options.items():
         text = value if isinstance(value, str) else json.dumps(value)
         arguments += [f"--{option}", text.replace("{seed}", str(seed)).replace("{other_seed}", str(seed + 1000))]
-    outcome = [salun_lightning.__version__, arguments[2:], _contents(config), original.key if original else None]
-    key = hashlib.sha256(json.dumps(outcome).encode()).hexdigest()[:16]
-    return Cell(name, seed, folder, tuple(arguments), key, original)
+    return arguments
 
 
 def slug(name: str) -> str:

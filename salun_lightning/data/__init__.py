@@ -6,7 +6,7 @@ from salun_lightning.data.datamodule import ForgetRetainDataModule, Sources
 from salun_lightning.data.digits import DigitsDataModule
 from salun_lightning.data.forget import ForgetClasses, ForgetIndices, ForgetRandom, ForgetRequest
 from salun_lightning.data.image_folder import ImageFolderDataModule
-from salun_lightning.data.order import Order, run_seed
+from salun_lightning.data.order import Order, epoch_seed, run_seed
 from salun_lightning.data.samples import ImageTensors, Samples, joined
 from salun_lightning.data.svhn import SVHNDataModule
 
@@ -26,6 +26,7 @@ __all__ = [
     "SVHNDataModule",
     "Samples",
     "Sources",
+    "epoch_seed",
     "joined",
     "run_seed",
 ]

@@ -20,7 +20,8 @@ class CIFAR10DataModule(ForgetRetainDataModule):
     Args:
         root: Folder of the data set.
         download: Whether torchvision may download it there.
-        train_transform: Augments training batches.
+        augment: Whether training images are cropped and mirrored at random, where no ``train_transform`` is given.
+        train_transform: Augments training images in another way.
         **kwargs: See ``ForgetRetainDataModule``.
     """
 
@@ -30,17 +31,18 @@ class CIFAR10DataModule(ForgetRetainDataModule):
         self,
         root: str | Path = "data",
         download: bool = True,
-        train_transform: Transform | None = RandomCropFlip(),  # noqa: B008  # has no state
+        augment: bool = True,
+        train_transform: Transform | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(train_transform=train_transform, **kwargs)
+        super().__init__(train_transform=RandomCropFlip() if augment and train_transform is None else train_transform, **kwargs)
         self.root = root
         self.download = download
 
     @override
     def prepare_data(self) -> None:
-        for train in (True, False):
-            self.dataset(self.root, train=train, download=self.download)
+        for train in (True, False) if self.download else ():
+            self.dataset(self.root, train=train, download=True)
 
     @override
     def load(self) -> Sources:
@@ -56,9 +58,6 @@ class CIFAR100DataModule(CIFAR10DataModule):
     """
 
     dataset = CIFAR100
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
 
 
 def _in_memory(dataset: CIFAR10) -> ImageTensors:

@@ -2,15 +2,15 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
 from salun_lightning.data.forget import ForgetRequest
@@ -64,8 +64,8 @@ class ForgetRetainDataModule(LightningDataModule):
     def __init__(
         self,
         forget: ForgetRequest,
-        train: Any = None,
-        test: Any = None,
+        train: Dataset | None = None,  # type: ignore[type-arg]  # jsonargparse makes no objects of Dataset[Any]
+        test: Dataset | None = None,  # type: ignore[type-arg]
         targets: tuple[Sequence[int], Sequence[int]] | None = None,
         class_names: list[str] | None = None,
         train_transform: Transform | None = None,
@@ -106,7 +106,9 @@ class ForgetRetainDataModule(LightningDataModule):
         train, test, class_names = self.load()
         given = self.targets or (None, None)
         self._train_targets, test_targets = (_targets(d, t) for d, t in zip((train, test), given, strict=True))
-        self.class_names = list(class_names or map(str, range(int(self._train_targets.max()) + 1)))
+        named = range(int(self._train_targets.max()) + 1) if class_names is None else class_names
+        self.class_names = [str(name) for name in named]
+        _check_classes(torch.cat([self._train_targets, test_targets]), len(self.class_names))
         self._train, self._test = train, test
         val, trained = self._split_validation()
         self.forget_indices = self.forget.indices(self._train_targets, self.class_names, trained)
@@ -175,7 +177,7 @@ class ForgetRetainDataModule(LightningDataModule):
                 " it was made with."
             )
 
-    def check_training_set(self, state_dict: dict[str, str]) -> None:
+    def check_training_set(self, state_dict: Mapping[str, str]) -> None:
         """Refuse an original model that was trained on another training set.
 
         Raises:
@@ -188,12 +190,17 @@ class ForgetRetainDataModule(LightningDataModule):
             )
 
     def _training_order(self) -> Order:
-        module = self.trainer.lightning_module if self.trainer is not None else None
-        default: Order = getattr(module, "order", "paired")
-        return self.order or default
+        if self.order is not None:
+            return self.order
+        published: Order = getattr(self.trainer.lightning_module, "order", "paired") if self.trainer is not None else "paired"
+        return published if published in get_args(Order) else "paired"  # a module of another project may mean something else
 
     @override
     def train_dataloader(self) -> DataLoader[Any]:
+        if self.trainer is not None and self.trainer.overfit_batches:  # type: ignore[attr-defined]
+            raise MisconfigurationException(
+                "overfit_batches replaces the order of the batches, which a forget request needs. Use limit_train_batches."
+            )
         order = self._training_order()
         marked = torch.zeros(len(self._train_targets), dtype=torch.bool)
         if order != "all":
@@ -251,15 +258,23 @@ class ForgetRetainDataModule(LightningDataModule):
             sampler=sampler,
             batch_size=None,  # the samplers make whole batches
             num_workers=num_workers,
-            persistent_workers=num_workers > 0,
+            generator=sampler.generator if isinstance(sampler, TrainingOrder) else None,
         )
 
 
 def _targets(dataset: Any, given: Sequence[int] | None) -> Tensor:
     for targets in (given, getattr(dataset, "targets", None), getattr(dataset, "labels", None)):
         if targets is not None:
+            if len(targets) != len(dataset) or not len(dataset):
+                raise ValueError(f"There are {len(targets)} targets for {len(dataset)} samples.")
             return torch.as_tensor(targets).long().cpu()
     raise ValueError(f"{type(dataset).__name__} has neither targets nor labels; give the datamodule its targets.")
+
+
+def _check_classes(targets: Tensor, count: int) -> None:
+    for number in (int(targets.min()), int(targets.max())):
+        if not 0 <= number < count:
+            raise ValueError(f"There are samples of class {number}, but there are names for {count} classes, numbered from 0.")
 
 
 def _digest(*arrays: Tensor) -> str:

@@ -1,7 +1,5 @@
 """The handwritten digits that scikit-learn ships: 1,797 real images, no download."""
 
-from typing import Any
-
 import numpy as np
 import torch
 from typing_extensions import override
@@ -18,9 +16,6 @@ class DigitsDataModule(ForgetRetainDataModule):
     Args:
         **kwargs: See ``ForgetRetainDataModule``.
     """
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
 
     @override
     def load(self) -> Sources:

@@ -41,7 +41,7 @@ class ForgetClasses(ForgetRequest):
     """Forget every training image of some classes (class-wise forgetting).
 
     Args:
-        names: The classes, by name or by number.
+        names: The classes, by name or by number; where a number is also a name, the name counts.
 
     Example:
         >>> ForgetClasses(["cat"]).indices(torch.tensor([0, 1, 0]), ["cat", "dog"], torch.arange(3))
@@ -123,7 +123,7 @@ class ForgetIndices(ForgetRequest):
     """
 
     def __init__(self, positions: list[int] | str | Path) -> None:
-        self.positions = positions
+        self.positions = positions if isinstance(positions, str | Path) else [int(position) for position in positions]
 
     @override
     def indices(self, targets: Tensor, class_names: Sequence[str], trained: Tensor) -> Tensor:
@@ -136,15 +136,21 @@ class ForgetIndices(ForgetRequest):
         forget = torch.tensor(sorted(set(positions)), dtype=torch.int64)
         untrained = forget[~torch.isin(forget, trained)]
         if len(untrained):
-            raise ValueError(f"Image {int(untrained[0])} is in the validation set: the model was never trained on it.")
+            raise ValueError(
+                f"Image {int(untrained[0])} is in the validation set: the model was never trained on it. Leave it out."
+            )
         return forget
 
 
 def _read_positions(path: Path) -> list[int]:
     if not path.is_file():
         raise ValueError(f"There is no file of positions to forget at '{path}'.")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"'{path}' is not a text file with one position a line.") from error
     positions = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
                 positions.append(int(line))

@@ -38,8 +38,10 @@ class ImageFolderDataModule(ForgetRetainDataModule):
             to_tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
             crop = [v2.RandomResizedCrop(image_size, antialias=True), v2.RandomHorizontalFlip()]
             centre = [v2.Resize(image_size, antialias=True), v2.CenterCrop(image_size)]
-            self.train_transform = self.train_transform or v2.Compose([*crop, *to_tensor])
-            self.eval_transform = self.eval_transform or v2.Compose([*centre, *to_tensor])
+            if self.train_transform is None:
+                self.train_transform = v2.Compose([*crop, *to_tensor])
+            if self.eval_transform is None:
+                self.eval_transform = v2.Compose([*centre, *to_tensor])
 
     @override
     def load(self) -> Sources:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -13,6 +13,11 @@ from typing_extensions import override
 def run_seed() -> int:
     """The seed that ``seed_everything`` was called with, as Lightning's own samplers take it; 0 if it was not."""
     return int(os.environ.get("PL_GLOBAL_SEED", "0"))
+
+
+def epoch_seed(seed: int, epoch: int, rank: int) -> int:
+    """The seed of the random numbers that one process draws in one epoch."""
+    return ((seed * 1_000_003 + epoch) * 1_000_003 + rank) % 2**63
 
 
 Order = Literal["paired", "sequential", "mixed", "forget", "retain", "all"]
@@ -40,7 +45,13 @@ class TrainingOrder(DistributedSampler[Any]):
         seed: Seed of the shuffling.
         num_replicas: How many processes share the work.
         rank: Which of them this is.
+
+    Raises:
+        ValueError: There is no such order.
     """
+
+    generator: torch.Generator
+    """Seeds the worker processes of the loader. It follows the epoch, so that a resumed run augments alike."""
 
     def __init__(
         self,
@@ -53,10 +64,19 @@ class TrainingOrder(DistributedSampler[Any]):
         rank: int = 0,
     ) -> None:
         super().__init__(range(len(forget) + len(retain)), num_replicas, rank, seed=seed)  # type: ignore[arg-type]
+        if order not in get_args(Order):
+            raise ValueError(f"order must be one of {', '.join(get_args(Order))}; got '{order}'.")
         self.forget = forget
         self.retain = retain
         self.order = order
         self.batch_size = batch_size
+        self.generator = torch.Generator()
+        self.set_epoch(0)
+
+    @override
+    def set_epoch(self, epoch: int) -> None:
+        super().set_epoch(epoch)
+        self.generator.manual_seed(epoch_seed(self.seed, epoch, self.rank))
 
     @override
     def __iter__(self) -> Iterator[list[int]]:
@@ -92,10 +112,8 @@ class TrainingOrder(DistributedSampler[Any]):
 
     def _batches(self, positions: Tensor, generator: torch.Generator) -> list[list[int]]:
         shuffled = positions[torch.randperm(len(positions), generator=generator)]
-        padded = shuffled.repeat(2)[: self._share(len(positions)) * self.num_replicas]
-        if len(padded) < self._share(len(positions)) * self.num_replicas:
-            raise ValueError(f"{len(positions)} samples cannot be shared out over {self.num_replicas} processes.")
-        return [batch.tolist() for batch in padded[self.rank :: self.num_replicas].split(self.batch_size)]
+        own = torch.arange(self.rank, self._share(len(positions)) * self.num_replicas, self.num_replicas)
+        return [batch.tolist() for batch in shuffled[own % len(positions)].split(self.batch_size)]
 
 
 class FixedOrder(DistributedSampler[Any]):
@@ -105,16 +123,22 @@ class FixedOrder(DistributedSampler[Any]):
 
     Args:
         positions: Positions of the set.
-        batch_size: Samples a batch at most.
+        batch_size: Samples a batch at most (several processes need batches of 2 to share out an odd number one by one).
         num_replicas: How many processes share the work; 1 to see the whole set.
         rank: Which of them this is.
+
+    Raises:
+        ValueError: There are more processes than samples.
     """
 
     def __init__(self, positions: Tensor, batch_size: int, num_replicas: int = 1, rank: int = 0) -> None:
         super().__init__(range(len(positions)), num_replicas, rank, shuffle=False)  # type: ignore[arg-type]
-        steps = -(-len(positions) // (batch_size * num_replicas))
-        if num_replicas > 1 and len(positions) < steps * num_replicas:
-            raise ValueError(f"{len(positions)} samples cannot be shared out over {num_replicas} processes.")
+        if 0 < len(positions) < num_replicas:
+            raise ValueError(
+                f"{len(positions)} samples cannot be evaluated by {num_replicas} processes; use at most {len(positions)} processes"
+                " (for training alone: limit_val_batches=0)."
+            )
+        steps = min(-(-len(positions) // (batch_size * num_replicas)), len(positions) // num_replicas)
         chunks = positions.tensor_split(steps * num_replicas) if steps else ()
         self._batches: list[list[int]] = [chunk.tolist() for chunk in chunks[rank::num_replicas]]
 

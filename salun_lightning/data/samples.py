@@ -4,8 +4,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
+from torchvision.transforms.functional import pil_to_tensor
 from typing_extensions import override
 
 Transform = Callable[[Any], Any]
@@ -32,17 +34,17 @@ class ImageTensors(Dataset[tuple[Tensor, Tensor]]):
 
     Args:
         images: uint8 of shape (N, C, H, W).
-        targets: Classes, int64 of shape (N,).
+        targets: Classes, integers of shape (N,).
     """
 
-    def __init__(self, images: Tensor, targets: Tensor) -> None:
+    def __init__(self, images: Tensor, targets: Tensor | Sequence[int]) -> None:
         if images.dtype != torch.uint8 or images.ndim != 4 or len(images) != len(targets):
             raise ValueError(
                 f"Images must be uint8 of shape (N, C, H, W) with N targets, got {images.dtype} of shape"
                 f" {tuple(images.shape)} and {len(targets)} targets."
             )
         self.images = images
-        self.targets = targets.long()
+        self.targets = torch.as_tensor(targets).long()
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -59,7 +61,7 @@ class SampleBatches(Dataset[Any]):
     Args:
         source: Map-style dataset of (image, class) pairs.
         transform: For :class:`ImageTensors`, applied to a whole uint8 batch (B, C, H, W) where the images lie; for other
-            datasets, applied to each image and returns its tensor.
+            datasets, applied to each image. What is uint8 after it, or still a PIL image, is scaled to floats in [0, 1].
         forget: For a training set, a bool tensor (N,) that is true for what is to be forgotten. Batches then are
             dictionaries with the parts ``forget`` and ``retain``, of which either may be absent.
     """
@@ -76,6 +78,8 @@ class SampleBatches(Dataset[Any]):
     def __getitem__(self, index: list[int]) -> Samples | dict[str, Samples]:
         positions = torch.tensor(index)
         samples = self._of_tensors(positions) if isinstance(self.source, ImageTensors) else self._one_by_one(positions)
+        if not samples.inputs.is_floating_point():
+            samples = samples._replace(inputs=samples.inputs.float().div_(255))
         if self.forget is None:
             return samples
         forget = self.forget[positions]
@@ -91,11 +95,10 @@ class SampleBatches(Dataset[Any]):
         images, targets = self.source[positions]
         if self.transform is not None:
             images = self.transform(images)
-        if not images.is_floating_point():
-            images = images.float().div_(255)
         return Samples(images, targets, positions)
 
     def _one_by_one(self, positions: Tensor) -> Samples:
         pairs = [self.source[int(position)] for position in positions]
         images = [image if self.transform is None else self.transform(image) for image, _ in pairs]
+        images = [pil_to_tensor(image) if isinstance(image, Image) else image for image in images]
         return Samples(default_collate(images), torch.tensor([int(target) for _, target in pairs]), positions)

@@ -27,8 +27,8 @@ class SVHNDataModule(ForgetRetainDataModule):
 
     @override
     def prepare_data(self) -> None:
-        for split in ("train", "test"):
-            SVHN(str(self.root), split=split, download=self.download)
+        for split in ("train", "test") if self.download else ():
+            SVHN(str(self.root), split=split, download=True)
 
     @override
     def load(self) -> Sources:

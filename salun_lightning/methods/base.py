@@ -47,3 +47,16 @@ class Method(ABC):
         Returns:
             A scalar.
         """
+
+    def part(self, batch: Mapping[str, Samples], name: str) -> Samples:
+        """One part of a batch that the method cannot do without.
+
+        Raises:
+            ValueError: The order of the batches does not bring it.
+        """
+        if name not in batch:
+            raise ValueError(
+                f"{type(self).__name__} needs the part '{name}' in each batch. Leave the datamodule's order unset: it is then the"
+                f" method's own (order '{self.order}')."
+            )
+        return batch[name]

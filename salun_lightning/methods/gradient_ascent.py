@@ -19,4 +19,4 @@ class GradientAscent(Method):
 
     @override
     def loss(self, module: Trainee, batch: Mapping[str, Samples]) -> Tensor:
-        return -module.task_loss(batch["forget"])
+        return -module.task_loss(self.part(batch, "forget"))

@@ -25,4 +25,5 @@ class NegGradPlus(Method):
 
     @override
     def loss(self, module: Trainee, batch: Mapping[str, Samples]) -> Tensor:
-        return self.alpha * module.task_loss(batch["retain"]) - (1 - self.alpha) * module.task_loss(batch["forget"])
+        retain, forget = module.task_loss(self.part(batch, "retain")), module.task_loss(self.part(batch, "forget"))
+        return self.alpha * retain - (1 - self.alpha) * forget

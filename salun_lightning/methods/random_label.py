@@ -1,8 +1,8 @@
 """RL: train what is to be forgotten on wrong labels. With a saliency mask, this is SalUn."""
 
 from collections.abc import Mapping
+from typing import TypeVar
 
-import torch
 from torch import Tensor
 from typing_extensions import override
 
@@ -10,6 +10,7 @@ from salun_lightning.data import Order, Samples, joined, run_seed
 from salun_lightning.methods.base import Method, Trainee
 
 _MASK_32 = 0xFFFFFFFF
+_Numbers = TypeVar("_Numbers", int, Tensor)
 
 
 class RandomLabel(Method):
@@ -52,12 +53,12 @@ class RandomLabel(Method):
         if num_classes < 2:
             raise ValueError("Random labels need at least two classes.")
         seed = run_seed() if self.seed is None else self.seed
-        draws = _mixed(samples.indices + _mixed(torch.tensor(seed * 1_000_003 + epoch)).to(samples.indices.device))
+        draws = _mixed(samples.indices + _mixed(seed * 1_000_003 + epoch))
         return samples._replace(targets=(samples.targets + 1 + draws % (num_classes - 1)) % num_classes)
 
 
-def _mixed(numbers: Tensor) -> Tensor:
-    """Scramble int64 numbers to 32 bits: two rounds of multiply and xor-shift with odd constants."""
+def _mixed(numbers: _Numbers) -> _Numbers:
+    """Scramble integers to 32 bits: two rounds of multiply and xor-shift with odd constants."""
     numbers = numbers & _MASK_32
     for multiplier in (0x45D9F3B, 0x119DE1F3):
         numbers = ((numbers ^ (numbers >> 16)) * multiplier) & _MASK_32

@@ -59,7 +59,7 @@ class MembershipInference(Metric):
 
     @override
     def compute(self) -> Tensor:
-        """The fraction of the forget set that is taken for non-members, between 0 and 1.
+        """The fraction of the forget set that is taken for non-members, between 0 and 1; NaN if a probability is NaN.
 
         Raises:
             ValueError: A group is empty.
@@ -70,6 +70,8 @@ class MembershipInference(Metric):
         count = min(len(member), len(nonmember))
         member = member[np.linspace(0, len(member) - 1, count).round().astype(np.int64)]
         features = np.concatenate([member, nonmember])[:, None]
+        if np.isnan(features).any() or np.isnan(forget).any():  # of a model that diverged
+            return torch.tensor(float("nan"), device=self.device)
         attacker = SVC(C=3, kernel="rbf", gamma="auto")
         attacker.fit(features, np.repeat([1, 0], [len(member), len(nonmember)]))
         return torch.tensor((attacker.predict(forget[:, None]) == 0).mean(), dtype=torch.float32, device=self.device)

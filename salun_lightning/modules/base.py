@@ -1,17 +1,20 @@
 """What the LightningModules for all kinds of models share."""
 
 import os
+import random
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from typing_extensions import override
 
-from salun_lightning.data import ForgetRetainDataModule, Order, Samples, run_seed
+from salun_lightning.data import ForgetRetainDataModule, Order, Samples, epoch_seed, run_seed
 from salun_lightning.methods import FineTune, Method
 from salun_lightning.modules.loading import load_weights, read_checkpoint
 
@@ -66,7 +69,9 @@ class UnlearningModule(LightningModule, ABC):
     @property
     def num_classes(self) -> int:
         """The number of classes, as the datamodule has it."""
-        number: int = self.trainer.datamodule.num_classes  # type: ignore[attr-defined]
+        number: int | None = getattr(self.trainer.datamodule, "num_classes", None)  # type: ignore[attr-defined]
+        if number is None:
+            raise MisconfigurationException("The number of classes is not known: give the datamodule an attribute num_classes.")
         return number
 
     @override
@@ -96,20 +101,24 @@ class UnlearningModule(LightningModule, ABC):
             return
         checkpoint = read_checkpoint(self.original)
         datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
-        if isinstance(datamodule, ForgetRetainDataModule) and type(datamodule).__qualname__ in checkpoint:
-            datamodule.check_training_set(checkpoint[type(datamodule).__qualname__])
+        for part in checkpoint.values():  # one of them may be the state of the datamodule, under the name of its class
+            if isinstance(datamodule, ForgetRetainDataModule) and isinstance(part, Mapping) and "training_set" in part:
+                datamodule.check_training_set(part)
         load_weights(self.network, checkpoint)
         self._started = True
 
     @override
     def on_train_epoch_start(self) -> None:
-        torch.manual_seed((run_seed() * 1_000_003 + self.current_epoch) * 1_000_003 + self.global_rank)
+        seed = epoch_seed(run_seed(), self.current_epoch, self.global_rank)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
 
     @override
     def training_step(self, batch: Mapping[str, Samples]) -> Tensor:
         loss = self.method.loss(self, batch)
         size = sum(len(part.targets) for part in batch.values())
-        self.log("train/loss", loss, prog_bar=True, on_step=False, on_epoch=True, batch_size=size)
+        self.log("train/loss", loss, prog_bar=True, on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
         return loss
 
     @override
@@ -118,4 +127,6 @@ class UnlearningModule(LightningModule, ABC):
         if self.make_lr_scheduler is None:
             return optimizer
         scheduler = self.make_lr_scheduler(optimizer)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": self.lr_interval}}
+        monitor = getattr(scheduler, "monitor", None)  # of Lightning's ReduceLROnPlateau
+        how = {"scheduler": scheduler, "interval": self.lr_interval, "monitor": monitor}
+        return {"optimizer": optimizer, "lr_scheduler": how}

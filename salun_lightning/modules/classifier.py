@@ -1,8 +1,10 @@
 """Image classifiers."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn import functional
 from torchmetrics import MeanMetric
@@ -56,11 +58,15 @@ class ImageClassifier(UnlearningModule):
 
     @override
     def validation_step(self, samples: Samples, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._count("val", list(self.trainer.val_dataloaders)[dataloader_idx], self(samples.inputs), samples)  # type: ignore[arg-type]
+        self._count("val", _name(self.trainer.val_dataloaders, dataloader_idx), self(samples.inputs), samples)
+
+    @override
+    def on_test_epoch_start(self) -> None:
+        self.mia.reset()  # of what a test that was broken off left
 
     @override
     def test_step(self, samples: Samples, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
-        prediction = self.predicted(list(self.trainer.test_dataloaders)[dataloader_idx], samples)  # type: ignore[arg-type]
+        prediction = self.predicted(_name(self.trainer.test_dataloaders, dataloader_idx), samples)
         name = prediction["set"]
         self._count("test", name, prediction["probabilities"], samples)
         if name in _GROUPS:
@@ -81,12 +87,11 @@ class ImageClassifier(UnlearningModule):
     def on_test_epoch_end(self) -> None:
         forget, retain, test = (100 * self._accuracy(name).compute() for name in ("forget", "retain", "test"))
         results = {"UA": 100 - forget, "RA": retain, "TA": test, "MIA": 100 * self.mia.compute()}
-        self.mia.reset()
         self.log_dict(results, sync_dist=True)
 
     @override
     def predict_step(self, samples: Samples, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
-        return self.predicted(list(self.trainer.predict_dataloaders)[dataloader_idx], samples)  # type: ignore[arg-type]
+        return self.predicted(_name(self.trainer.predict_dataloaders, dataloader_idx), samples)
 
     def predicted(self, name: str, samples: Samples) -> dict[str, Any]:
         """Class probabilities of the samples of one set.
@@ -96,3 +101,13 @@ class ImageClassifier(UnlearningModule):
         """
         probabilities = self(samples.inputs).float().softmax(1)
         return {"set": name, "index": samples.indices, "target": samples.targets, "probabilities": probabilities}
+
+
+def _name(loaders: Any, number: int) -> str:
+    """Which set an evaluation loader holds."""
+    if not isinstance(loaders, Mapping) or not set(loaders) <= set(_SETS):
+        raise MisconfigurationException(
+            f"ImageClassifier tells the evaluation sets apart by name: give a dictionary of loaders called {', '.join(_SETS)},"
+            " as ForgetRetainDataModule does."
+        )
+    return str(list(loaders)[number])

@@ -25,9 +25,11 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         if path.suffix == ".safetensors":
             return dict(load_file(path))
-        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(f"'{path}' cannot be read as a checkpoint; it may be truncated: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"'{path}' holds a {type(content).__name__}, which is neither a checkpoint nor a state_dict.")
     return content
 
 
@@ -44,6 +46,8 @@ def load_weights(network: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     state: Mapping[str, Tensor] = checkpoint.get("state_dict", checkpoint)
     given = {plain_name(name): tensor for name, tensor in state.items()}
     wanted = {plain_name(name): name for name in network.state_dict()}
+    if len(given) < len(state) or len(wanted) < len(network.state_dict()):
+        raise ValueError("The original model has two weights of one name, once wrappers are left out. Save its network alone.")
     missing, unexpected = sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys())
     if missing or unexpected:
         raise ValueError(

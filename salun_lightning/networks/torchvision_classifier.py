@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from torchvision.models import get_model
+from torchvision import models
 from typing_extensions import override
 
 from salun_lightning.networks.normalize import Normalize
@@ -23,7 +23,7 @@ class TorchvisionClassifier(nn.Module):
             images; with ``resnet18`` and 10 classes this is the paper's network of 11,173,962 weights.
         mean: Mean of each channel of images in [0, 1]; by default that of CIFAR-10.
         std: Standard deviation of each channel; by default that of CIFAR-10.
-        model_kwargs: Further arguments of the torchvision model.
+        model_kwargs: Further arguments of the torchvision model. Auxiliary heads are left out unless asked for.
 
     Raises:
         ValueError: torchvision knows no such classifier, or ``cifar_stem`` does not fit it.
@@ -44,8 +44,11 @@ class TorchvisionClassifier(nn.Module):
         model_kwargs: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        if name not in models.list_models(module=models):
+            raise ValueError(f"torchvision has no classifier '{name}'. It has: {', '.join(models.list_models(module=models))}.")
+        auxiliary = {"aux_logits": False} if name in {"googlenet", "inception_v3"} else {}
         self.normalize = Normalize(mean, std)
-        self.model = get_model(name, weights=None, num_classes=num_classes, **(model_kwargs or {}))
+        self.model = models.get_model(name, weights=None, num_classes=num_classes, **{**auxiliary, **(model_kwargs or {})})
         if cifar_stem:
             conv = getattr(self.model, "conv1", None)
             if not isinstance(conv, nn.Conv2d) or not hasattr(self.model, "maxpool"):

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from salun_lightning.saliency.selection import num_kept, top_k_masks
-from salun_lightning.saliency.weights import plain_name
+from salun_lightning.saliency.weights import plain_name, plain_names
 
 _FORMAT = "salun_lightning.SaliencyMask/1"
 
@@ -23,8 +23,8 @@ class SaliencyMask(Mapping[str, Tensor]):
     r"""Which weights may move: :math:`m_S = 1(|\nabla_\theta \ell_f(\theta_o)| \ge \gamma)` (Fan et al., ICLR 2024, section 4).
 
     A read-only mapping from the name of a weight tensor to a bool tensor of its shape, true where the weight may move. It
-    holds one bit a weight; ``mask[name]`` unpacks one tensor on the CPU. A name is found with or without what wrappers put
-    around it (``network.``, ``module.``, ``_orig_mod.`` ...).
+    holds one bit a weight; ``mask[name]`` unpacks one tensor on the CPU. Names are kept without what wrappers put around them
+    (``network.``, ``module.``, ``_orig_mod.`` ...), and found with or without it.
 
     Args:
         masks: Bool tensors by weight name, or pairs of name and tensor.
@@ -53,11 +53,11 @@ class SaliencyMask(Mapping[str, Tensor]):
     def _fill(
         self, packed: dict[str, tuple[Tensor, torch.Size]], ratio: float | None, metadata: Mapping[str, str] | None
     ) -> None:
-        self._packed = packed
+        self._packed = {plain: packed[name] for name, plain in plain_names(packed).items()}
         self.metadata = dict(metadata or {})
         self.num_weights = sum(shape.numel() for _, shape in packed.values())
         self.num_kept = sum(_count(bits) for bits, _ in packed.values())
-        self.ratio = self.num_kept / max(self.num_weights, 1) if ratio is None else ratio
+        self.ratio = self.num_kept / max(self.num_weights, 1) if ratio is None else float(ratio)
 
     @classmethod
     def _of_packed(
@@ -157,8 +157,9 @@ class SaliencyMask(Mapping[str, Tensor]):
         Raises:
             ValueError: A weight is missing, unknown, or of another shape.
         """
-        for name in self.shapes.keys() | shapes.keys():
-            mine, theirs = self.shapes.get(name), shapes.get(name)
+        own = self.shapes
+        for name in {**own, **shapes}:
+            mine, theirs = own.get(name), shapes.get(name)
             if mine != theirs:
                 what = [f"is {tuple(shape)}" if shape is not None else "is not there" for shape in (mine, theirs)]
                 raise ValueError(
@@ -182,7 +183,7 @@ class SaliencyMask(Mapping[str, Tensor]):
         Raises:
             ValueError: The bits do not fit the shapes.
         """
-        packed = {}
+        packed: dict[str, tuple[Tensor, torch.Size]] = {}
         for name, sizes in state["shapes"].items():
             shape, bits = torch.Size(sizes), state["bits"].get(name)
             if bits is None or bits.dtype != torch.uint8 or bits.shape != ((shape.numel() + 7) // 8,):
@@ -214,8 +215,9 @@ class SaliencyMask(Mapping[str, Tensor]):
         """Read a mask. Nothing in the file is executed.
 
         Args:
-            path: A file written by :meth:`save`, a Lightning checkpoint (``.ckpt``) of a masked run, or a mask of the released
-                SalUn code such as ``with_0.5.pt`` (a dictionary of 0/1 tensors).
+            path: A file written by :meth:`save`, a Lightning checkpoint of a masked run (``.ckpt``, or ``meta.pt`` in the
+                folder of a sharded one), or a mask of the released SalUn code such as ``with_0.5.pt`` (a dictionary of 0/1
+                tensors).
 
         Raises:
             FileNotFoundError: There is no such file.
@@ -227,7 +229,9 @@ class SaliencyMask(Mapping[str, Tensor]):
         try:
             return cls._read_torch(path) if path.suffix in {".pt", ".pth", ".ckpt"} else cls._read_safetensors(path)
         except Exception as error:
-            raise ValueError(f"'{path}' cannot be read as a saliency mask; it may be truncated: {error}") from error
+            raise ValueError(
+                f"'{path}' cannot be read as a saliency mask, so it is damaged or a file of another kind: {error}"
+            ) from error
 
     @classmethod
     def _read_safetensors(cls, path: Path) -> Self:
@@ -243,17 +247,21 @@ class SaliencyMask(Mapping[str, Tensor]):
     @classmethod
     def _read_torch(cls, path: Path) -> Self:
         content = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(content, Mapping):
+            raise ValueError("it is not a dictionary")
         if "callbacks" in content:
-            return cls.from_state_dict(content["callbacks"]["SaliencyMasking"]["mask"])
+            state = content["callbacks"].get("SaliencyMasking")
+            if not state:
+                raise ValueError("it is the checkpoint of a run without SaliencyMasking")
+            return cls.from_state_dict(state["mask"])
         for name, tensor in content.items():
             if not isinstance(tensor, Tensor) or not ((tensor == 0) | (tensor == 1)).all():
                 raise ValueError(f"'{name}' is not a tensor of zeros and ones")
-        masks = ((plain_name(name), tensor.bool()) for name, tensor in content.items())
-        return cls(masks, metadata={"source": "released SalUn code"})
+        return cls(content, metadata={"source": "released SalUn code"})
 
 
 def _pack(mask: Tensor) -> Tensor:
-    return torch.from_numpy(np.packbits(mask.detach().cpu().numpy().astype(np.bool_, copy=False)))
+    return torch.from_numpy(np.packbits(mask.detach().bool().cpu().numpy()))
 
 
 def _count(bits: Tensor) -> int:

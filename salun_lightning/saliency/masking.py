@@ -1,7 +1,7 @@
 """The callback that decides which weights may move, and holds the others still."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,33 +9,41 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
+from lightning.pytorch.strategies.xla import XLAStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
+from salun_lightning.saliency.forget_set import forget_batches
 from salun_lightning.saliency.mask import SaliencyMask
-from salun_lightning.saliency.scores import Score, saliency_scores
+from salun_lightning.saliency.scores import Score, check_score, saliency_scores
 from salun_lightning.saliency.selection import num_kept
 from salun_lightning.saliency.weights import bits_of, fingerprint, weights_of
 
+_SERVED = SingleDeviceStrategy | DDPStrategy | ModelParallelStrategy
+_NOT_SERVED = DeepSpeedStrategy | XLAStrategy | SingleDeviceXLAStrategy  # though they derive from those
+
 
 class SaliencyMasking(Callback):
-    r"""Let only the most salient weights move: :math:`\theta_u = m_S \odot \theta + (1 - m_S) \odot \theta_o` (Fan et al., 2024).
+    r"""Lets only the most salient weights move: :math:`\theta_u = m_S \odot \theta + (1 - m_S) \odot \theta_o` (SalUn).
 
     Works with any LightningModule, datamodule and optimizer. When training starts, the mask is restored from the checkpoint
     that is resumed, or loaded from ``mask``, or computed in one pass over the forget set: ``datamodule.forget_dataloader()``
-    where there is one, else the training loader (its ``forget`` part, if it has one), in order and in eval mode. From then on
+    where there is one, else the training loader (its ``forget`` part, if it has one), each sample once, in eval mode. From then
+    on
 
     - gradients outside the mask are zeroed before clipping, so a clipped norm is that of the weights that may move;
     - after every optimizer step each weight outside the mask gets its original bits back, whatever momentum, weight decay or a
       NaN made of it. The same holds for the average that Lightning's ``WeightAveraging`` / ``EMAWeightAveraging`` keeps.
 
-    The mask is part of the checkpoint. When training ends, :attr:`report` tells how many weights could move, how many did, and
-    the largest change outside the mask, which is measured.
+    The original weights are those at the start of training, after a checkpoint was restored. The mask is part of the
+    checkpoint. When training ends, :attr:`report` tells how many weights could move, how many did since it was started or
+    resumed, and the largest change outside the mask, which is measured.
 
     Args:
         ratio: The fraction of all trainable weights that may move, from 0 (none) to 1 (all).
@@ -46,8 +54,9 @@ class SaliencyMasking(Callback):
         seed: Seed of the ``random`` score.
 
     Raises:
-        ValueError: ``ratio`` is out of range, or not exactly one of ``ratio`` and ``mask`` is given.
-        MisconfigurationException: The strategy holds weights in a form that cannot be masked (DeepSpeed, FSDP1).
+        ValueError: ``ratio`` is out of range, not exactly one of ``ratio`` and ``mask`` is given, or there is no such score.
+        MisconfigurationException: The strategy holds weights in a form that cannot be masked (DeepSpeed, FSDP1, XLA), or the
+            checkpoint that is resumed was made with another mask.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -73,6 +82,7 @@ class SaliencyMasking(Callback):
             raise ValueError("SaliencyMasking takes either ratio (compute a mask) or mask (use this one), not both.")
         if ratio is not None:
             num_kept(ratio, 0)  # refuses what is not a ratio
+        check_score(score)
         self.ratio = ratio
         self.given = mask
         self.score = score
@@ -80,8 +90,8 @@ class SaliencyMasking(Callback):
         self.seed = seed
         self.mask = None
         self.report = {}
-        self._held: dict[nn.Parameter, _Held] = {}
-        self._buffers: dict[Tensor, Tensor] = {}
+        self._held: dict[Tensor, _Held] = {}
+        self._held_buffers: dict[Tensor, _Held] = {}
         self._hooks: list[RemovableHandle] = []
 
     @override
@@ -89,7 +99,7 @@ class SaliencyMasking(Callback):
         if stage != "fit":
             return
         strategy = trainer.strategy
-        if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy | ModelParallelStrategy):
+        if not isinstance(strategy, _SERVED) or isinstance(strategy, _NOT_SERVED):
             raise MisconfigurationException(
                 f"{type(strategy).__name__} keeps weights in a form of its own, so single weights cannot be held still under"
                 " it. Use a single device, 'ddp', or ModelParallelStrategy (FSDP2) with SaliencyMasking."
@@ -99,15 +109,20 @@ class SaliencyMasking(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for child in pl_module.modules():
+            if isinstance(child, FSDPModule):
+                child.reshard()  # a validation before training leaves gathered weights in the place of the trained ones
         weights = weights_of(pl_module)
-        if self.mask is None:  # not restored from a checkpoint
+        if self.mask is None:
             self.mask = self._make_mask(trainer, pl_module)
+        else:
+            self._check_restored(self.mask)
         self.mask.check_shapes({name: weight.shape for name, weight in weights.items()})
         self._held = {weight: _Held(weight, self.mask[name]) for name, weight in weights.items()}
         if self.freeze_buffers:
-            self._buffers = {buffer: buffer.detach().clone() for buffer in pl_module.buffers()}
+            self._held_buffers = {b: _Held(b, torch.zeros(b.shape, dtype=torch.bool)) for b in pl_module.buffers()}
         for optimizer in trainer.optimizers:
-            self._hooks.append(optimizer.register_step_post_hook(self._put_back))
+            self._watch(optimizer)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, WeightAveraging) and callback._average_model is not None:
                 self._hold_average(callback._average_model, pl_module)
@@ -119,31 +134,62 @@ class SaliencyMasking(Callback):
             "data": getattr(trainer.datamodule, "fingerprint", ""),  # type: ignore[attr-defined]
         }
         if self.ratio is not None:
-            scores = saliency_scores(
-                pl_module,
-                _forget_batches(trainer) if self.score not in {"magnitude", "random"} else (),
-                self.score,
-                seed=self.seed,
-                strategy=trainer.strategy,
-            )
-            return SaliencyMask.from_scores(scores, self.ratio, {"score": self.score, **made_from})
-        assert self.given is not None
-        mask = self.given if isinstance(self.given, SaliencyMask) else SaliencyMask.load(self.given)
+            batches = forget_batches(trainer)
+            scores = saliency_scores(pl_module, batches, self.score, seed=self.seed, strategy=trainer.strategy)
+            return SaliencyMask.from_scores(scores, self.ratio, {"score": self._score_name, **made_from})
+        mask = self._given_mask()
         for what, value in made_from.items():
             if value and mask.metadata.get(what, value) != value:
                 rank_zero_warn(f"The saliency mask was computed with another {what} (same shapes, other values).")
         return mask
 
+    @property
+    def _score_name(self) -> str:
+        return f"random, seed {self.seed}" if self.score == "random" else self.score
+
+    def _given_mask(self) -> SaliencyMask:
+        assert self.given is not None
+        return self.given if isinstance(self.given, SaliencyMask) else SaliencyMask.load(self.given)
+
+    def _check_restored(self, mask: SaliencyMask) -> None:
+        """Refuse to resume with other settings than the checkpoint's."""
+        made, asked = (mask.ratio, mask.metadata.get("score")), (self.ratio, self._score_name)
+        if self.ratio is not None and made != asked:
+            raise MisconfigurationException(
+                f"The checkpoint was made with a saliency mask of ratio {made[0]} by {made[1]}, but ratio {asked[0]} by"
+                f" {asked[1]} is asked for. Resume with the same mask, or start afresh."
+            )
+        if self.given is not None and self._given_mask() != mask:
+            raise MisconfigurationException(
+                "The checkpoint was made with another saliency mask than the one given. Resume with the same mask, or start"
+                " afresh."
+            )
+
+    def _watch(self, optimizer: torch.optim.Optimizer) -> None:
+        try:
+            self._hooks.append(optimizer.register_step_post_hook(self._put_back))
+        except AttributeError as error:
+            raise MisconfigurationException(
+                f"{type(optimizer).__name__} does not tell when it has stepped, so weights cannot be held still after it."
+                " Derive it from torch.optim.Optimizer and call its __init__."
+            ) from error
+
     def _hold_average(self, average: nn.Module, pl_module: LightningModule) -> None:
         """Averaging rounds: the mean of a number with itself can be off by one bit. Put the average back, too."""
+        averaged = average.module
+        assert isinstance(averaged, nn.Module)
+        means = dict(_named_tensors(averaged))
         held = []
-        for mean, weight in zip(average.module.parameters(), pl_module.parameters(), strict=True):  # type: ignore[union-attr]
-            holder = self._held.get(weight)
-            if holder is not None:
-                held.append((mean, holder if mean.device == weight.device else holder.on(mean.device)))
+        for name, tensor in _named_tensors(pl_module):
+            holder = self._held.get(tensor) or self._held_buffers.get(tensor)
+            if holder is not None and name in means:
+                mean = means[name]
+                held.append((mean, holder if mean.device == tensor.device else holder.on(mean.device)))
+                held[-1][1].put_back(mean)  # it may have been copied before the original model was loaded
         update = average.update_parameters
 
         def update_and_hold(module: nn.Module) -> None:
+            self._put_back_buffers()  # the average may be updated before this callback's turn
             update(module)  # type: ignore[operator]
             for mean, holder in held:
                 holder.put_back(mean)
@@ -161,7 +207,8 @@ class SaliencyMasking(Callback):
 
     def _mask_gradients(self, weights: Iterable[nn.Parameter]) -> None:
         for weight in weights:
-            if weight not in self._held:
+            held = self._held.get(weight)
+            if held is None:
                 if not weight.requires_grad:
                     continue
                 raise MisconfigurationException(
@@ -169,18 +216,21 @@ class SaliencyMasking(Callback):
                     " require gradients when training started. Unfreeze it before training."
                 )
             if weight.grad is not None and not weight.grad.is_sparse:
-                bits_of(weight.grad).mul_(self._held[weight].movable)
+                bits_of(weight.grad).mul_(held.movable)
 
     def _put_back(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         for weight in _parameters(optimizer):
-            if weight in self._held:
-                self._held[weight].put_back(weight)
+            held = self._held.get(weight)
+            if held is not None:
+                held.put_back(weight)
 
     @override
     def on_train_batch_end(self, *_: Any, **__: Any) -> None:
-        with torch.no_grad():
-            for buffer, original in self._buffers.items():
-                buffer.copy_(original)
+        self._put_back_buffers()
+
+    def _put_back_buffers(self) -> None:
+        for buffer, held in self._held_buffers.items():
+            held.put_back(buffer)
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -188,9 +238,10 @@ class SaliencyMasking(Callback):
             return
         moved, drift = 0, 0.0
         for weight, held in self._held.items():
-            moved += held.num_moved(weight)
             drift = max(drift, held.drift(weight))
             held.put_back(weight)
+            moved += held.num_moved(weight) * _shards(weight)
+        self._put_back_buffers()
         if isinstance(trainer.strategy, ModelParallelStrategy):
             moved, drift = _over_shards(trainer, moved, drift)
         self.report = {
@@ -216,7 +267,14 @@ class SaliencyMasking(Callback):
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, WeightAveraging) and callback._average_model is not None:
                 vars(callback._average_model).pop("update_parameters", None)
-        self._hooks, self._held, self._buffers = [], {}, {}
+        self._hooks, self._held, self._held_buffers = [], {}, {}
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, KeyboardInterrupt):  # perhaps in the middle of an optimizer step
+            for weight, held in self._held.items():
+                held.put_back(weight)
+        self.teardown(trainer, pl_module, "fit")
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -224,54 +282,45 @@ class SaliencyMasking(Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if not state_dict:
-            return
-        mask = SaliencyMask.from_state_dict(state_dict["mask"])
-        if self.ratio is not None and (mask.ratio, mask.metadata.get("score")) != (self.ratio, self.score):
-            raise MisconfigurationException(
-                f"The checkpoint was made with a saliency mask of ratio {mask.ratio} by {mask.metadata.get('score')}, but"
-                f" ratio {self.ratio} by {self.score} is asked for. Resume with the same mask, or start afresh."
-            )
-        self.mask = mask
+        if state_dict:
+            self.mask = SaliencyMask.from_state_dict(state_dict["mask"])
 
 
 class _Held:
-    """One weight tensor: where it may move, and the bits it came with."""
+    """One tensor: where it may move, and the bits it came with."""
 
-    def __init__(self, weight: nn.Parameter, mask: Tensor) -> None:
-        original = bits_of(weight)
-        if isinstance(weight.data, DTensor):
-            placed = distribute_tensor(
-                mask.to(original.device), weight.data.device_mesh, weight.data.placements, src_data_rank=None
-            )
-            mask = placed.to_local()
-        # laid out in memory like the weight, which makes the arithmetic of every step several times faster
+    def __init__(self, tensor: Tensor, mask: Tensor) -> None:
+        original = bits_of(tensor)
+        if isinstance(tensor, DTensor):
+            mask = distribute_tensor(
+                mask.to(original.device), tensor.device_mesh, tensor.placements, src_data_rank=None
+            ).to_local()
+        # laid out in memory like the tensor, which makes the arithmetic of every step several times faster
         self.movable = torch.empty_like(original, dtype=torch.bool).copy_(mask)
-        self.frozen = ~self.movable
         self.original = torch.empty_like(original).copy_(original)
 
     def on(self, device: torch.device) -> "_Held":
         """A copy on another device."""
         other = _Held.__new__(_Held)
-        for name, tensor in vars(self).items():
-            setattr(other, name, tensor.to(device))
+        other.movable, other.original = self.movable.to(device), self.original.to(device)
         return other
 
-    def put_back(self, weight: Tensor) -> None:
+    def put_back(self, tensor: Tensor) -> None:
         """Give the frozen part its original bits. Selection by bits: exact for -0.0, and NaN cannot leak through."""
-        bits = bits_of(weight)
-        bits.bitwise_xor_((bits ^ self.original).mul_(self.frozen))
+        bits = bits_of(tensor)
+        torch.bitwise_xor((bits ^ self.original).mul_(self.movable), self.original, out=bits)
 
-    def num_moved(self, weight: Tensor) -> int:
-        return int((bits_of(weight) != self.original).sum())
+    def num_moved(self, tensor: Tensor) -> int:
+        """How many numbers changed; of a sharded tensor in this rank's part."""
+        return int((bits_of(tensor) != self.original).sum())
 
-    def drift(self, weight: Tensor) -> float:
+    def drift(self, tensor: Tensor) -> float:
         """Largest change outside the mask; the smallest positive number stands for a change of bits alone."""
-        bits = bits_of(weight)
-        changed = (bits != self.original) & self.frozen
+        bits = bits_of(tensor)
+        changed = (bits != self.original) & ~self.movable
         if not changed.any():
             return 0.0
-        local = weight.to_local() if isinstance(weight, DTensor) else weight
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         change = (local.detach().double() - self.original.view(local.dtype).double())[changed].abs().max().item()
         return math.inf if math.isnan(change) else max(change, 5e-324)
 
@@ -280,47 +329,22 @@ def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[nn.Parameter]:
     return (parameter for group in optimizer.param_groups for parameter in group["params"])
 
 
+def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()
+
+
+def _shards(tensor: Tensor) -> int:
+    """In how many different parts a tensor lies on the ranks."""
+    if not isinstance(tensor, DTensor):
+        return 1
+    sizes = zip(tensor.device_mesh.shape, tensor.placements, strict=True)
+    return math.prod(size for size, placement in sizes if not placement.is_replicate())
+
+
 def _over_shards(trainer: Trainer, moved: int, drift: float) -> tuple[int, float]:
+    """Of all ranks together. A tensor in n parts was counted n times over, because each part lies on world size / n ranks."""
     device = trainer.strategy.root_device
     total = trainer.strategy.reduce(torch.tensor(moved, device=device, dtype=torch.int64), reduce_op="sum")
     largest = trainer.strategy.reduce(torch.tensor(drift, device=device, dtype=torch.float64), reduce_op="max")
-    return int(total), float(largest)
-
-
-def _forget_batches(trainer: Trainer) -> Iterable[Any]:
-    """The forget set, once, in order, all of it on every rank."""
-    datamodule = trainer.datamodule  # type: ignore[attr-defined]
-    if hasattr(datamodule, "forget_dataloader"):
-        # all of it on every rank, that is its contract
-        return _in_order(datamodule.forget_dataloader(), world_size=1)
-    loaders = trainer.train_dataloader
-    if isinstance(loaders, Mapping) and "forget" in loaders:
-        return ({"forget": batch} for batch in _in_order(loaders["forget"], trainer.world_size))
-    if isinstance(loaders, Mapping | list | tuple):
-        raise MisconfigurationException(
-            "There are several training loaders and none is called 'forget', so it is not clear what is to be forgotten. Give"
-            " the datamodule a forget_dataloader()."
-        )
-    batches = _in_order(loaders, trainer.world_size)
-    return (_forget_part(batch) for batch in batches)
-
-
-def _forget_part(batch: Any) -> Any:
-    return {"forget": batch["forget"]} if isinstance(batch, Mapping) and "forget" in batch else batch
-
-
-def _in_order(loader: Any, world_size: int) -> Iterable[Any]:
-    """The loader without shuffling, dropping, padding or sharing out."""
-    if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
-        batch_size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
-        if batch_size is not None:
-            return DataLoader(
-                loader.dataset, batch_size=batch_size, collate_fn=loader.collate_fn, num_workers=loader.num_workers
-            )
-    if world_size > 1:
-        raise MisconfigurationException(
-            "With several processes the forget set must be a map-style dataset, so that each sample counts exactly once."
-            " Give the datamodule such a forget_dataloader(), or compute the mask in one process and pass mask=<file>."
-        )
-    batches: Iterable[Any] = loader
-    return batches
+    return int(total) // trainer.world_size, float(largest)

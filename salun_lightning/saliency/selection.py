@@ -85,8 +85,8 @@ def _kth_largest(scores: Mapping[str, Tensor], k: int, width: int) -> tuple[int,
 def _check(name: str, score: Tensor) -> None:
     if not score.is_floating_point():
         raise ValueError(f"The scores of '{name}' are {score.dtype}; scores are floating-point numbers.")
-    local = score.to_local() if isinstance(score, DTensor) else score
-    for chunk in local.detach().reshape(-1).split(_CHUNK):
+    # of the whole tensor: a rank that refused its shard alone would leave the others waiting
+    for chunk in _flat(score).split(_CHUNK):
         if not torch.isfinite(chunk).all():
             raise ValueError(
                 f"The saliency of '{name}' contains NaN or infinity, so weights cannot be ranked by it. Check that the"
@@ -98,7 +98,11 @@ def _check(name: str, score: Tensor) -> None:
 
 def _chunks(score: Tensor, width: int) -> Iterator[Tensor]:
     """The scores as integers that order like them, in row-major order, a chunk at a time."""
-    whole = score.full_tensor() if isinstance(score, DTensor) else score
     floats, integers = (torch.float64, torch.int64) if width == 63 else (torch.float32, torch.int32)
-    for chunk in whole.detach().reshape(-1).split(_CHUNK):
+    for chunk in _flat(score).split(_CHUNK):
         yield chunk.to(floats).abs().view(integers)  # abs: -0.0 counts as 0.0
+
+
+def _flat(score: Tensor) -> Tensor:
+    whole = score.full_tensor() if isinstance(score, DTensor) else score
+    return whole.detach().reshape(-1)

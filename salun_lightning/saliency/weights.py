@@ -14,36 +14,42 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def plain_name(name: str) -> str:
     """The name of a weight without what wrappers put around it.
 
-    ``torch.compile`` inserts ``_orig_mod.``, data parallelism puts ``module.`` in front, the modules of this library keep their
-    network under ``network.``, and many others under ``model.``.
+    ``torch.compile`` and activation checkpointing insert a word, data parallelism puts ``module.`` in front, the modules of
+    this library keep their network under ``network.``, and many others under ``model.``.
 
     Example:
         >>> plain_name("network._orig_mod.layer1.0.weight"), plain_name("module.layer1.0.weight")
         ('layer1.0.weight', 'layer1.0.weight')
     """
-    name = name.replace("_orig_mod.", "")
-    for prefix in ("module.", "network.", "model."):
-        name = name.removeprefix(prefix)
+    name = _uncompiled(name)
+    while name.startswith(("module.", "network.", "model.")):
+        name = name.partition(".")[2]
     return name
 
 
-def weights_of(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The weights of a module that can be trained (those that require gradients), by plain name.
+def _uncompiled(name: str) -> str:
+    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
 
-    Raises:
-        ValueError: Two weights have the same plain name.
+
+def plain_names(names: Iterable[str]) -> dict[str, str]:
+    """Each name and its plain name; where two would become the same, all keep what is in front of them.
+
+    Example:
+        >>> plain_names(["network.fc.weight", "network.fc.bias"])
+        {'network.fc.weight': 'fc.weight', 'network.fc.bias': 'fc.bias'}
     """
-    weights: dict[str, nn.Parameter] = {}
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
-            if plain_name(name) in weights:
-                raise ValueError(f"Two weights are called '{plain_name(name)}' once wrappers are left out; rename one.")
-            weights[plain_name(name)] = parameter
-    return weights
+    plain = {name: plain_name(name) for name in names}
+    return plain if len(set(plain.values())) == len(plain) else {name: _uncompiled(name) for name in plain}
+
+
+def weights_of(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights of a module that can be trained (those that require gradients), by plain name."""
+    weights = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    return {plain: weights[name] for name, plain in plain_names(weights).items()}
 
 
 def bits_of(tensor: Tensor) -> Tensor:
-    """The storage of a floating-point tensor seen as integers; of a sharded tensor, this rank's part."""
+    """The storage of a tensor seen as integers; of a sharded tensor, this rank's part."""
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     return local.detach().view(_BITS[local.element_size()])
 
@@ -56,6 +62,5 @@ def fingerprint(parts: Iterable[tuple[str, Tensor]]) -> str:
     digest = hashlib.sha256()
     for name, tensor in parts:
         whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        total = int(bits_of(whole).sum(dtype=torch.int64)) if whole.is_floating_point() else int(whole.sum())
-        digest.update(json.dumps([name, list(whole.shape), total]).encode())
+        digest.update(json.dumps([name, list(whole.shape), int(bits_of(whole).sum(dtype=torch.int64))]).encode())
     return digest.hexdigest()[:16]

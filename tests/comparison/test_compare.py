@@ -1,0 +1,153 @@
+"""A whole comparison, small: what it writes, and that it goes on where it was."""
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from salun_lightning import ImageClassifier
+from salun_lightning.cli import main
+from salun_lightning.comparison.plan import Row, plan
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "digits"
+ROWS = {
+    "original": "original.yaml",
+    "Retrain": "retrain.yaml",
+    "Retrain again": "retrain.yaml",
+    "SalUn": "salun.yaml",
+}
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """A comparison of two epochs a row, with a narrow network."""
+    network = {"class_path": "SmallResNet", "init_args": {"num_classes": 10, "width": 4}}
+    (tmp_path / "network.yaml").write_text(yaml.safe_dump(network))
+    options = {
+        "seed_everything": "{seed}",
+        "data.forget.seed": "{seed}",
+        "model.network": str(tmp_path / "network.yaml"),
+        "trainer.max_epochs": 2,
+        "trainer.limit_val_batches": 0,
+        "trainer.enable_progress_bar": False,
+        "trainer.enable_model_summary": False,
+    }
+    rows: dict[str, Any] = {name: {"config": str(CONFIGS / file)} for name, file in ROWS.items()}
+    rows["Retrain again"]["options"] = {"seed_everything": "{other_seed}"}
+    path = tmp_path / "compare.yaml"
+    path.write_text(
+        yaml.safe_dump(
+            {"out": str(tmp_path / "out"), "seeds": [1], "options": options, "noise_floor": "Retrain again", "rows": rows},
+            sort_keys=False,
+        )
+    )
+    return path
+
+
+def compare(config: Path, *arguments: str) -> dict[str, Any]:
+    report: dict[str, Any] = main(["compare", f"--config={config}", *arguments])
+    return report
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    state: dict[str, torch.Tensor] = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    return state
+
+
+def test_everything_is_written_and_nothing_is_run_twice(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = compare(config)
+    out = config.parent / "out"
+    assert json.loads((out / "results.json").read_text()) == json.loads(json.dumps(report))
+    table = (out / "table.md").read_text()
+    assert table.startswith("| | UA | RA | TA | MIA | avg. gap | run time |")
+    assert all(f"| {name}" in table for name in ROWS)
+    assert {path.name for path in out.glob("*.png")} == {"comparison.png", "confidence.png", "mask.png"}
+    salun = next(cell for cell in report["cells"] if cell["row"] == "SalUn")
+    assert salun["mask"]["drift"] == 0
+    assert salun["mask"]["num_moved"] <= salun["mask"]["num_kept"] == salun["mask"]["num_weights"] // 2
+    assert len(salun["forget_confidence"]) == 130  # a tenth of the 1,297 digits that are neither test nor validation
+    assert report["summary"]["Retrain again"]["gap"]["mean"] > 0
+
+    stamps = {path: path.stat().st_mtime_ns for path in out.rglob("last.ckpt")}
+    capsys.readouterr()
+    again = compare(config)
+    assert capsys.readouterr().out.count("was there") == 4
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("last.ckpt")} == stamps
+    assert again["summary"] == report["summary"]
+
+
+def test_one_row_runs_alone_and_its_command_repeats_it(config: Path, tmp_path: Path) -> None:
+    report = compare(config, "--only=salun", "--seeds=3")
+    assert [(cell["row"], cell["seed"]) for cell in report["cells"]] == [("original", 3), ("SalUn", 3)]
+    command = shlex.split(report["cells"][1]["command"])
+    assert command[:3] == ["python", "train.py", "fit"]
+    main([*command[2:], f"--trainer.default_root_dir={tmp_path}/again"])
+    first, second = weights(tmp_path / "out/salun/seed-3"), weights(tmp_path / "again")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_killed_cell_goes_on_from_its_last_epoch(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compare(config, "--only=SalUn", f"--out={config.parent}/whole")
+    training_step = ImageClassifier.training_step
+
+    def killed(self: ImageClassifier, batch: Any) -> Any:
+        if self.current_epoch == 1 and type(self.method).__name__ == "RandomLabel":
+            raise MemoryError
+        return training_step(self, batch)
+
+    monkeypatch.setattr(ImageClassifier, "training_step", killed)
+    with pytest.raises(MemoryError):
+        compare(config, "--only=SalUn")
+    monkeypatch.setattr(ImageClassifier, "training_step", training_step)
+    folder = config.parent / "out" / "salun" / "seed-1"
+    assert torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["epoch"] == 0
+    compare(config, "--only=SalUn")
+    resumed, whole = weights(folder), weights(config.parent / "whole" / "salun" / "seed-1")
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+def test_changed_settings_run_again(config: Path) -> None:
+    compare(config, "--only=original")
+    settings = yaml.safe_load(config.read_text())
+    settings["options"]["trainer.max_epochs"] = 1
+    config.write_text(yaml.safe_dump(settings))
+    compare(config, "--only=original")
+    folder = config.parent / "out" / "original" / "seed-1"
+    assert torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["epoch"] == 0
+
+
+def rows(folder: Path, **options: Any) -> dict[str, Row]:
+    from jsonargparse.typing import Path_fr
+
+    return {name: Row(Path_fr(str(folder / file)), options) for name, file in ROWS.items()}
+
+
+def test_plan() -> None:
+    cells = plan(rows(CONFIGS), [1, 2], {"seed_everything": "{seed}"}, Path("out"))
+    salun = cells["SalUn", 2]
+    assert salun.original is cells["original", 2]
+    assert "--model.original out/original/seed-2/checkpoints/last.ckpt" in salun.command
+    assert "--seed_everything 2" in salun.command
+    assert cells["Retrain", 1].original is None
+    assert len({cell.key for cell in cells.values()}) == 6  # the two retrained rows are alike here: 2 seeds x 3
+
+
+def test_the_key_follows_every_file_that_is_named(tmp_path: Path) -> None:
+    for file in CONFIGS.glob("*.yaml"):
+        (tmp_path / file.name).write_text(file.read_text())
+    before = plan(rows(tmp_path), [1], {}, Path("out"))["SalUn", 1].key
+    assert plan(rows(tmp_path), [1], {}, Path("out"))["SalUn", 1].key == before
+    (tmp_path / "network.yaml").write_text((tmp_path / "network.yaml").read_text().replace("16", "8"))
+    assert plan(rows(tmp_path), [1], {}, Path("out"))["SalUn", 1].key != before
+
+
+def test_bad_input(config: Path) -> None:
+    with pytest.raises(ValueError, match=r"There is no row 'salon'. The rows are: original, Retrain, Retrain again, SalUn"):
+        compare(config, "--only=salon")
+    lonely = {name: row for name, row in rows(CONFIGS).items() if name != "original"}
+    with pytest.raises(ValueError, match="starts from an original model, but there is no row 'original'"):
+        plan(lonely, [1], {}, Path("out"))

@@ -1,0 +1,23 @@
+"""What holds for every test: no leaks from one to the next."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _no_leaks() -> Iterator[None]:
+    """Two threads at most, and the environment, the number of threads and the random state as they were."""
+    environment, threads = dict(os.environ), torch.get_num_threads()
+    torch.set_num_threads(min(threads, 2))
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(False)
+    os.environ.clear()
+    os.environ.update(environment)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+        pytest.fail("the test left a process group behind")

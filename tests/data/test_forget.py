@@ -1,0 +1,162 @@
+"""Forget requests."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from salun_lightning.data import ForgetClasses, ForgetIndices, ForgetRandom
+from tests.small import small_datamodule
+
+NAMES = ["cat", "dog", "owl"]
+TARGETS = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1, 2, 0])
+ALL = torch.arange(10)
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["cat"], [0, 3, 6, 9]),
+        ([1], [1, 4, 7]),
+        (["owl", 1], [1, 2, 4, 5, 7, 8]),
+        ([2, "owl", 2], [2, 5, 8]),
+        ([], []),
+    ],
+)
+def test_classes_by_name_and_number(names: list[int | str], expected: list[int]) -> None:
+    assert ForgetClasses(names).indices(TARGETS, NAMES, ALL).tolist() == expected
+
+
+def test_classes_out_of_what_is_trained() -> None:
+    assert ForgetClasses(["cat"]).indices(TARGETS, NAMES, torch.tensor([1, 3, 9])).tolist() == [3, 9]
+
+
+def test_a_name_goes_before_a_number() -> None:
+    assert ForgetClasses([1]).classes(["1", "10", "2"]) == [0]
+
+
+@pytest.mark.parametrize("name", ["bird", -1, 3, "1"])
+def test_unknown_class(name: int | str) -> None:
+    with pytest.raises(ValueError, match=rf"There is no class '{name}'. The classes are: cat, dog, owl."):
+        ForgetClasses([name]).indices(TARGETS, NAMES, ALL)
+
+
+# Literal positions: a forget request must mean the same images with every version of this library and of NumPy.
+@pytest.mark.parametrize(
+    ("request_", "expected"),
+    [
+        (ForgetRandom(count=5, seed=0), [2, 10, 13, 26, 28]),
+        (ForgetRandom(fraction=0.1, seed=0), [2, 13, 28]),
+        (ForgetRandom(fraction=0.1, seed=1), [10, 17, 21]),
+        (ForgetRandom(count=4, seed=7, within_class=1), [1, 7, 16, 25]),
+    ],
+)
+def test_random_draws_are_pinned(request_: ForgetRandom, expected: list[int]) -> None:
+    targets = torch.arange(30) % 3
+    assert request_.indices(targets, NAMES, torch.arange(30)).tolist() == expected
+
+
+def test_random_draws_from_what_is_trained() -> None:
+    trained = torch.arange(0, 1000, 2)
+    drawn = ForgetRandom(fraction=0.3, seed=3).indices(torch.zeros(1000, dtype=torch.int64), ["cat"], trained)
+    assert len(drawn) == 150
+    assert torch.isin(drawn, trained).all()
+    assert (drawn.diff() > 0).all()
+
+
+def test_random_within_a_class() -> None:
+    drawn = ForgetRandom(fraction=0.5, within_class="cat").indices(TARGETS, NAMES, ALL)
+    assert len(drawn) == 2
+    assert (TARGETS[drawn] == 0).all()
+
+
+def test_random_forgetting_leaves_the_test_set_alone() -> None:
+    assert ForgetRandom(count=1, within_class="cat").classes(NAMES) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "either fraction or count"),
+        ({"fraction": 0.1, "count": 3}, "either fraction or count"),
+        ({"fraction": 0.0}, "must lie between 0 and 1, got 0.0"),
+        ({"fraction": 1.2}, "must lie between 0 and 1, got 1.2"),
+        ({"count": 0}, "must be positive, got 0"),
+    ],
+)
+def test_random_refuses(arguments: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ForgetRandom(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (ForgetRandom(count=11), "11 images are to be forgotten, but there are only 10"),
+        (ForgetRandom(count=4, within_class="dog"), "4 images are to be forgotten, but there are only 3"),
+        (ForgetRandom(count=1, within_class="bird"), "There is no class 'bird'"),
+    ],
+)
+def test_random_asks_for_too_much(request_: ForgetRandom, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        request_.indices(TARGETS, NAMES, ALL)
+
+
+@pytest.mark.parametrize("positions", [[7, 2, 2, 0], (0, 2, 7), np.array([2, 7, 0])])
+def test_indices_from_a_list(positions: list[int]) -> None:
+    forget = ForgetIndices(positions).indices(TARGETS, NAMES, ALL)
+    assert forget.tolist() == [0, 2, 7]
+    assert forget.dtype == torch.int64
+
+
+@pytest.mark.parametrize("as_text", [True, False])
+def test_indices_from_a_file(tmp_path: Path, as_text: bool) -> None:
+    path = tmp_path / "forget.txt"
+    path.write_text("7\n\n 2 \n0\n")
+    assert ForgetIndices(str(path) if as_text else path).indices(TARGETS, NAMES, ALL).tolist() == [0, 2, 7]
+
+
+@pytest.mark.parametrize("position", [-1, 10])
+def test_index_out_of_range(position: int) -> None:
+    with pytest.raises(ValueError, match=f"Index {position} is out of range: the training data has 10 images, numbered from 0"):
+        ForgetIndices([0, position]).indices(TARGETS, NAMES, ALL)
+
+
+def test_index_in_the_validation_set() -> None:
+    with pytest.raises(ValueError, match="Image 4 is in the validation set: the model was never trained on it"):
+        ForgetIndices([0, 4]).indices(TARGETS, NAMES, torch.tensor([0, 1, 2, 3]))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"3\nfour\n", "Line 2 of '.*forget.txt' is not a position: 'four'"),
+        (b"3\n1.5\n", "Line 2 of '.*forget.txt' is not a position: '1.5'"),
+        (b"\xff\xfe\x00", "'.*forget.txt' is not a text file"),
+    ],
+)
+def test_bad_file_of_indices(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "forget.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        ForgetIndices(tmp_path / "forget.txt").indices(TARGETS, NAMES, ALL)
+
+
+def test_missing_file_of_indices(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="There is no file of positions to forget at '.*nowhere.txt'"):
+        ForgetIndices(tmp_path / "nowhere.txt").indices(TARGETS, NAMES, ALL)
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (ForgetIndices([]), "The forget set is empty: the request selects 0 of 60 training images"),
+        (ForgetClasses([]), "The forget set is empty"),
+        (ForgetRandom(fraction=0.001), "The forget set is empty"),
+        (ForgetRandom(count=60), "The retain set is empty: the request selects 60 of 60 training images"),
+        (ForgetClasses([0, 1, 2]), "The retain set is empty"),
+    ],
+)
+def test_nothing_to_forget_or_nothing_to_retain(request_: ForgetRandom, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        small_datamodule(request_)

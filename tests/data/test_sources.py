@@ -1,0 +1,234 @@
+"""The bundled data sets, and those that torchvision reads, on small files in their real formats."""
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from jsonargparse import ArgumentParser
+from PIL import Image
+from scipy.io import savemat
+from torch import Tensor, nn
+
+from salun_lightning.data import (
+    CIFAR10DataModule,
+    CIFAR100DataModule,
+    DigitsDataModule,
+    ForgetClasses,
+    ForgetRandom,
+    ForgetRetainDataModule,
+    ImageFolderDataModule,
+    RandomCropFlip,
+    SVHNDataModule,
+)
+
+CIFAR10_NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+CIFAR100_NAMES = [f"thing {number}" for number in range(100)]
+PIXELS = np.random.RandomState(0).randint(0, 256, (60, 3, 32, 32)).astype(np.uint8)
+LABELS = [number % 10 for number in range(60)]
+
+
+@pytest.fixture(autouse=True)
+def _any_digest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The small files cannot have the digests of the large ones, which torchvision knows."""
+    for module in ("cifar", "svhn", "utils"):
+        monkeypatch.setattr(f"torchvision.datasets.{module}.check_integrity", lambda path, md5: Path(path).is_file())
+
+
+def write_pickle(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(pickle.dumps(content))
+
+
+def cifar10(root: Path) -> CIFAR10DataModule:
+    folder, flat = root / "cifar-10-batches-py", PIXELS.reshape(60, -1)
+    for part in range(5):
+        batch = slice(10 * part, 10 * part + 10)
+        write_pickle(folder / f"data_batch_{part + 1}", {"data": flat[batch], "labels": LABELS[batch]})
+    write_pickle(folder / "test_batch", {"data": flat[50:], "labels": LABELS[50:]})
+    write_pickle(folder / "batches.meta", {"label_names": CIFAR10_NAMES})
+    return CIFAR10DataModule(root=root, forget=ForgetRandom(count=5))
+
+
+def cifar100(root: Path) -> CIFAR100DataModule:
+    folder, flat = root / "cifar-100-python", PIXELS.reshape(60, -1)
+    write_pickle(folder / "train", {"data": flat[:50], "fine_labels": LABELS[:50]})
+    write_pickle(folder / "test", {"data": flat[50:], "fine_labels": LABELS[50:]})
+    write_pickle(folder / "meta", {"fine_label_names": CIFAR100_NAMES})
+    return CIFAR100DataModule(root=root, forget=ForgetRandom(count=5))
+
+
+def svhn(root: Path) -> SVHNDataModule:
+    ones_to_ten = np.array([label or 10 for label in LABELS], np.uint8)[:, None]
+    for split, part in (("train", slice(50)), ("test", slice(50, 60))):
+        savemat(root / f"{split}_32x32.mat", {"X": PIXELS[part].transpose(2, 3, 1, 0), "y": ones_to_ten[part]})
+    return SVHNDataModule(root=root, forget=ForgetRandom(count=5))
+
+
+@pytest.mark.parametrize(
+    ("make", "names"),
+    [(cifar10, CIFAR10_NAMES), (cifar100, CIFAR100_NAMES), (svhn, [str(number) for number in range(10)])],
+)
+def test_files_of_torchvision(
+    tmp_path: Path, make: Callable[[Path], ForgetRetainDataModule], names: list[str]
+) -> None:
+    datamodule = make(tmp_path)
+    datamodule.prepare_data()  # finds the files and downloads nothing
+    datamodule.setup()
+    assert datamodule.class_names == names
+    assert len(datamodule.forget_indices) == 5
+    loaders = datamodule.test_dataloader()
+    for name, first in (("forget", 0), ("retain", 0), ("test", 50)):
+        for batch in loaders[name]:
+            positions = batch.indices + first
+            assert torch.equal(batch.inputs, torch.from_numpy(PIXELS)[positions].float() / 255)
+            assert batch.targets.tolist() == [LABELS[position] for position in positions]
+    assert sum(len(batch.targets) for batch in loaders["test"]) == 10
+
+
+@pytest.mark.parametrize("make", [CIFAR10DataModule, CIFAR100DataModule, SVHNDataModule])
+def test_files_that_are_not_there(tmp_path: Path, make: Callable[..., ForgetRetainDataModule]) -> None:
+    datamodule = make(root=tmp_path, download=False, forget=ForgetRandom(count=5))
+    datamodule.prepare_data()
+    with pytest.raises(RuntimeError, match="not found or corrupted"):
+        datamodule.setup()
+
+
+def test_cifar_is_augmented_unless_told_otherwise() -> None:
+    def transform(**kwargs: Any) -> Any:
+        return CIFAR10DataModule(forget=ForgetRandom(count=5), **kwargs).train_transform
+
+    other = nn.Identity()
+    assert isinstance(transform(), RandomCropFlip)
+    assert transform(augment=False) is None
+    assert transform(train_transform=other) is other
+
+
+@pytest.mark.parametrize("name", ["DigitsDataModule", "CIFAR10DataModule", "CIFAR100DataModule", "SVHNDataModule"])
+def test_a_configuration_with_all_defaults_can_be_written_and_read(name: str) -> None:
+    parser = ArgumentParser()
+    parser.add_argument("--data", type=ForgetRetainDataModule)
+    config = parser.parse_args([f"--data={name}", "--data.forget=ForgetRandom", "--data.forget.count=5"])
+    written = parser.dump(config)
+    assert "Unable to serialize" not in written
+    again = parser.parse_string(written)
+    assert parser.dump(again) == written
+    assert type(parser.instantiate(again).data).__name__ == name
+
+
+def test_digits() -> None:
+    datamodule = DigitsDataModule(forget=ForgetClasses(["3"]), val_fraction=0.1)
+    datamodule.setup()
+    counts = {name: sum(len(batch.targets) for batch in loader) for name, loader in datamodule.test_dataloader().items()}
+    # 183 of the 1,797 are threes: a fifth of them is for testing (36), of the others a tenth for validation (15)
+    assert sum(counts.values()) == 1797
+    assert counts == {"forget": 132, "retain": 1167, "val": 143, "test": 319, "test_forget": 36}
+    assert (len(datamodule.forget_indices), len(datamodule.retain_indices)) == (132, 1167)
+    batch = next(iter(datamodule.test_dataloader()["retain"]))
+    assert batch.inputs.shape[1:] == (1, 8, 8)
+    assert batch.inputs.min() == 0
+    assert batch.inputs.max() == 1
+    assert datamodule.num_classes == 10
+
+
+def test_digits_split_is_pinned() -> None:
+    datamodule = DigitsDataModule(forget=ForgetRandom(fraction=0.1), val_fraction=0.1)
+    datamodule.setup()
+    assert datamodule.forget_indices.tolist()[:8] == [1, 5, 19, 34, 42, 48, 55, 59]
+    assert datamodule.split == {"training_set": "eb635251ed70fa79", "forget_set": "3fd2b589a9ecac94"}
+
+
+def image_folder(root: Path, size: tuple[int, int] = (12, 8), train: str = "ab", test: str = "ab") -> Path:
+    """Files of one colour each: class a is dark, class b bright, and the shade tells the number."""
+    for split, classes, count in (("train", train, 6), ("test", test, 2)):
+        for name in classes:
+            (root / split / name).mkdir(parents=True)
+            for number in range(count):
+                shade = 10 * number + (0 if name == "a" else 100)
+                Image.new("RGB", size, (shade, shade + 1, shade + 2)).save(root / split / name / f"{number}.png")
+    return root
+
+
+SHADES = torch.tensor([10.0 * number + offset for offset in (0, 100) for number in range(6)])
+
+
+def check_folder(datamodule: ForgetRetainDataModule, size: int) -> None:
+    datamodule.setup()
+    assert datamodule.class_names == ["a", "b"]
+    loaders = datamodule.test_dataloader()
+    batches = [batch for name in ("forget", "retain") for batch in loaders[name]]
+    assert sorted(i for batch in batches for i in batch.indices.tolist()) == list(range(12))
+    for batch in batches:
+        assert batch.inputs.shape[1:] == (3, size, size)
+        channels = torch.stack([SHADES[batch.indices] + c for c in range(3)], 1) / 255
+        torch.testing.assert_close(batch.inputs, channels[:, :, None, None].expand_as(batch.inputs))
+        assert torch.equal(batch.targets, (batch.indices >= 6).long())
+    for batch in datamodule.train_dataloader():
+        assert all(part.inputs.shape[1:] == (3, size, size) for part in batch.values())
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+@pytest.mark.parametrize("size", [6, 16])
+def test_image_folder(tmp_path: Path, in_memory: bool, size: int) -> None:
+    root = image_folder(tmp_path)
+    check_folder(
+        ImageFolderDataModule(root, image_size=size, in_memory=in_memory, forget=ForgetRandom(count=3), batch_size=2), size
+    )
+
+
+def test_image_folder_with_workers(tmp_path: Path) -> None:
+    root = image_folder(tmp_path)
+    check_folder(ImageFolderDataModule(root, image_size=6, num_workers=2, forget=ForgetRandom(count=3), batch_size=2), 6)
+
+
+def test_image_folder_augments_training_images_only(tmp_path: Path) -> None:
+    """Left half black, right half white: a random crop or a mirror image shows; the centre crop is known."""
+    for split in ("train", "test"):
+        for name in "ab":
+            (tmp_path / split / name).mkdir(parents=True)
+            picture = np.zeros((8, 8, 3), np.uint8)
+            picture[:, 4:] = 255
+            for number in range(8):
+                Image.fromarray(picture).save(tmp_path / split / name / f"{number}.png")
+    datamodule = ImageFolderDataModule(tmp_path, image_size=8, forget=ForgetRandom(count=3))
+    datamodule.setup()
+    torch.manual_seed(0)
+    known = torch.zeros(8, 8)
+    known[:, 4:] = 1
+    evaluated = [batch for loader in datamodule.test_dataloader().values() for batch in loader]
+    for batch in [*evaluated, *(batch["forget"] for batch in datamodule.forget_dataloader())]:
+        assert torch.equal(batch.inputs, known.expand_as(batch.inputs))
+    trained = torch.cat([part.inputs for batch in datamodule.train_dataloader() for part in batch.values()])
+    assert len(trained.flatten(1).unique(dim=0)) > 4
+    assert (trained[:, 0, 0, 0] > trained[:, 0, 0, -1]).any()  # mirrored
+
+
+def test_image_folder_takes_other_transforms(tmp_path: Path) -> None:
+    def black(image: Any) -> Tensor:
+        return torch.zeros(3, 5, 5)
+
+    root = image_folder(tmp_path)
+    datamodule = ImageFolderDataModule(root, forget=ForgetRandom(count=3), train_transform=black, eval_transform=black)
+    datamodule.setup()
+    batches = [next(iter(datamodule.train_dataloader()))["retain"], next(iter(datamodule.test_dataloader()["test"]))]
+    assert all(batch.inputs.shape[1:] == (3, 5, 5) for batch in batches)
+
+
+def test_an_empty_transform_is_one_too(tmp_path: Path) -> None:
+    nothing = nn.Sequential()
+    datamodule = ImageFolderDataModule(tmp_path, forget=ForgetRandom(count=3), train_transform=nothing, eval_transform=nothing)
+    assert datamodule.train_transform is datamodule.eval_transform is nothing
+
+
+def test_image_folder_without_images(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="There is no folder '.*train'. Images are expected in train/<class>/"):
+        ImageFolderDataModule(tmp_path, forget=ForgetRandom(count=3)).setup()
+
+
+def test_image_folder_of_other_classes(tmp_path: Path) -> None:
+    root = image_folder(tmp_path, train="ab", test="ac")
+    with pytest.raises(ValueError, match="Training and test images have different classes: b, c"):
+        ImageFolderDataModule(root, forget=ForgetRandom(count=3)).setup()

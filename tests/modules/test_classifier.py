@@ -1,0 +1,201 @@
+"""ImageClassifier: training, and what test reports."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import ReduceLROnPlateau
+from sklearn.svm import SVC
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import StepLR
+from torch.utils.data import DataLoader
+
+from salun_lightning.data import ForgetClasses, ForgetRandom, ForgetRequest, Samples
+from salun_lightning.methods import FineTune, GradientAscent, NegGradPlus, RandomLabel
+from salun_lightning.modules import ImageClassifier
+from tests.modules.small_runs import classifier, digits, same, train_original, trainer, weights
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_original(tmp_path_factory.mktemp("original"))
+
+
+def measure(module: ImageClassifier, folder: Path, datamodule: Any = None, **kwargs: Any) -> dict[str, float]:
+    results = trainer(folder).test(module, datamodule=datamodule or digits(), verbose=False, **kwargs)
+    return {name: value for result in results for name, value in result.items()}
+
+
+@pytest.mark.parametrize("request_", [ForgetRandom(fraction=0.1), ForgetClasses(["3"])])
+def test_metrics_are_those_of_an_independent_computation(tmp_path: Path, original: Path, request_: ForgetRequest) -> None:
+    module, datamodule = classifier(original=original), digits(forget=request_)
+    metrics = measure(module, tmp_path, datamodule)
+    train, test, _ = datamodule.load()
+    kept = ~torch.isin(test.targets, torch.tensor(request_.classes([str(i) for i in range(10)]), dtype=torch.int64))
+    sets = {
+        "forget": (train.images[datamodule.forget_indices], train.targets[datamodule.forget_indices]),
+        "retain": (train.images[datamodule.retain_indices], train.targets[datamodule.retain_indices]),
+        "test": (test.images[kept], test.targets[kept]),
+    }
+    module.network.eval()
+    accuracy, confidence = {}, {}
+    for name, (images, targets) in sets.items():
+        with torch.no_grad():
+            probabilities = module.network(images.float() / 255).softmax(1)
+        accuracy[name] = 100 * (probabilities.argmax(1) == targets).double().mean().item()
+        confidence[name] = probabilities[torch.arange(len(targets)), targets].double().numpy()
+    members = confidence["retain"][np.linspace(0, len(confidence["retain"]) - 1, kept.sum()).round().astype(int)]
+    known = np.concatenate([members, confidence["test"]])[:, None]
+    attacker = SVC(C=3, gamma=1.0).fit(known, [1] * len(members) + [0] * len(members))
+    taken_for_unseen = 100 * (attacker.predict(confidence["forget"][:, None]) == 0).mean()
+    assert 50 < accuracy["retain"] < 100  # the comparison below says something
+    assert metrics["UA"] == pytest.approx(100 - accuracy["forget"], abs=1e-3)
+    assert metrics["RA"] == pytest.approx(accuracy["retain"], abs=1e-3)
+    assert metrics["TA"] == pytest.approx(accuracy["test"], abs=1e-3)
+    # one image may lie so close to the border that the rounding of another batch size takes it across
+    assert metrics["MIA"] == pytest.approx(taken_for_unseen, abs=100.1 / len(datamodule.forget_indices))
+    assert metrics["test/forget/acc"] == pytest.approx(accuracy["forget"] / 100, abs=1e-5)
+    assert {name for name in metrics if "/" in name} == {
+        f"test/{name}/acc" for name in datamodule.test_dataloader()
+    }
+
+
+class Black(nn.Module):
+    """An augmentation that nothing survives."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images * 0
+
+
+def test_evaluation_is_not_augmented(tmp_path: Path, original: Path) -> None:
+    plain = measure(classifier(original=original), tmp_path)
+    assert measure(classifier(original=original), tmp_path, digits(train_transform=Black())) == plain
+
+
+def test_evaluation_leaves_the_model_as_it_is(tmp_path: Path, original: Path) -> None:
+    module = classifier(original=original)
+    first = measure(module, tmp_path)
+    before = weights(module)
+    assert measure(module, tmp_path) == first  # also: nothing of the first test is counted in the second
+    assert same(weights(module), before)
+
+
+@pytest.mark.parametrize("batch_size", [50, 2000])
+def test_batch_size_does_not_change_the_result(tmp_path: Path, original: Path, batch_size: int) -> None:
+    expected = measure(classifier(original=original), tmp_path)
+    metrics = measure(classifier(original=original), tmp_path, digits(batch_size=batch_size))
+    assert metrics == pytest.approx(expected, abs=100.1 / 129)  # of MIA, see above
+
+
+@pytest.mark.parametrize(
+    ("method", "names"),
+    [
+        (FineTune(), {"retain"}),
+        (FineTune(order="all"), {"retain"}),
+        (GradientAscent(), {"forget"}),
+        (NegGradPlus(), {"forget", "retain"}),
+        (RandomLabel(), {"forget", "retain"}),
+    ],
+)
+def test_every_method_trains(tmp_path: Path, method: Any, names: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: set[str] = set()
+
+    def loss(module: Any, batch: dict[str, Samples]) -> Tensor:
+        seen.update(batch)
+        return type(method).loss(method, module, batch)
+
+    monkeypatch.setattr(method, "loss", loss)
+    module = classifier(method=method)
+    before = weights(module)
+    runner = trainer(tmp_path, max_epochs=1)
+    runner.fit(module, datamodule=digits())
+    assert seen == names
+    assert torch.isfinite(runner.callback_metrics["train/loss"])
+    assert not same(weights(module), before)
+    expected = {"sequential": 10 + 2, "retain": 10, "all": 11, "forget": 2, "paired": 10}[method.order]
+    assert runner.global_step == expected
+
+
+def test_training_fits_the_digits(tmp_path: Path, original: Path) -> None:
+    """Chance is 10 %; this seed reaches over 80 %."""
+    assert measure(classifier(original=original), tmp_path)["TA"] > 70
+
+
+def test_validation_reports_the_forget_and_the_validation_set(tmp_path: Path, original: Path) -> None:
+    runner = trainer(tmp_path, limit_val_batches=1.0)
+    (metrics,) = [{k: v for result in runner.validate(classifier(original=original), datamodule=digits()) for k, v in result.items()}]
+    expected = measure(classifier(original=original), tmp_path)
+    assert metrics == {f"val/{name}/acc": pytest.approx(expected[f"test/{name}/acc"]) for name in ("forget", "val")}
+
+
+@pytest.mark.parametrize(("interval", "factor"), [("epoch", 0.1), ("step", 0.01)])
+def test_scheduler_steps_each_epoch_or_each_step(tmp_path: Path, interval: Any, factor: float) -> None:
+    module = classifier(
+        method=GradientAscent(),  # two steps an epoch
+        optimizer=lambda p: torch.optim.SGD(p, lr=1.0),
+        lr_scheduler=lambda optimizer: StepLR(optimizer, 1, gamma=0.1),
+        lr_interval=interval,
+    )
+    seen = []
+    module.on_train_epoch_end = lambda: seen.append(module.optimizers().param_groups[0]["lr"])  # type: ignore[method-assign]
+    runner = trainer(tmp_path, max_epochs=2)
+    runner.fit(module, datamodule=digits())
+    assert seen == pytest.approx([factor, factor**2])
+    assert runner.global_step == 4
+
+
+def test_scheduler_that_watches_a_metric(tmp_path: Path) -> None:
+    module = classifier(
+        method=GradientAscent(), lr_scheduler=lambda optimizer: ReduceLROnPlateau(optimizer, monitor="train/loss", patience=0)
+    )
+    runner = trainer(tmp_path, max_epochs=1)
+    runner.fit(module, datamodule=digits())
+    assert runner.lr_scheduler_configs[0].monitor == "train/loss"
+
+
+def test_frozen_weights_are_not_given_to_the_optimizer(tmp_path: Path) -> None:
+    module = classifier()
+    module.network.stem.requires_grad_(False)
+    before = weights(module.network.stem[0])
+    trainer(tmp_path, max_epochs=1).fit(module, datamodule=digits())
+    assert same(weights(module.network.stem[0]), before)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_channels_last_stays_and_trains(tmp_path: Path, original: Path, precision: Any) -> None:
+    module = classifier(original=original, channels_last=True, method=RandomLabel())
+    trainer(tmp_path, max_epochs=1, precision=precision).fit(module, datamodule=digits())
+    convolution = module.network.blocks[1].conv1.weight
+    assert convolution.is_contiguous(memory_format=torch.channels_last)
+    assert not convolution.is_contiguous()
+    assert all(tensor.isfinite().all() for tensor in weights(module).values())
+
+
+def test_the_largest_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PL_GLOBAL_SEED", str(2**32 - 1))
+    runner = trainer(tmp_path, max_epochs=1)
+    runner.fit(classifier(method=RandomLabel()), datamodule=digits())
+    assert runner.global_step == 12
+
+
+def test_loaders_without_names_are_refused(tmp_path: Path) -> None:
+    loader: DataLoader[Any] = DataLoader([0, 1])
+    with pytest.raises(MisconfigurationException, match="give a dictionary of loaders called forget, retain, val, test"):
+        trainer(tmp_path).test(classifier(), dataloaders=loader, verbose=False)
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
+def test_random_labels_need_the_number_of_classes(tmp_path: Path) -> None:
+    datamodule = digits(batch_size=2000)
+    datamodule.setup()
+    module = classifier(method=RandomLabel())
+    with pytest.raises(MisconfigurationException, match="give the datamodule an attribute num_classes"):
+        trainer(tmp_path, max_epochs=1).fit(module, datamodule.train_dataloader())
+
+
+def test_a_method_that_does_not_get_its_part(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="GradientAscent needs the part 'forget' in each batch"):
+        trainer(tmp_path, max_epochs=1).fit(classifier(method=GradientAscent()), datamodule=digits(order="retain"))
