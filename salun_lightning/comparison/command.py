@@ -21,10 +21,11 @@ def compare(
     rows: dict[str, Row],
     out: Path,
     seeds: int | list[int],
-    options: dict[str, Any] | None = None,
+    options: dict[str, Any],
     reference: str = "Retrain",
     noise_floor: str | None = None,
     only: str | list[str] | None = None,
+    arguments: list[str] | None = None,
 ) -> dict[str, Any]:
     """Run methods x seeds against a paired retrained model, and report.
 
@@ -40,6 +41,7 @@ def compare(
         reference: The row that gaps are measured against: the retrained model.
         noise_floor: The row that repeats the reference with another seed.
         only: Run only these rows (and the original models they start from); the table shows all that is there.
+        arguments: Further arguments of ``fit`` for every row; on the command line, all that follows ``--``.
 
     Returns:
         What was written to ``results.json``.
@@ -54,7 +56,7 @@ def compare(
         if name.lower() not in known:
             raise ValueError(f"There is no row '{name}'. The rows are: {', '.join(rows)}.")
     chosen = {known[name.lower()] for name in asked}
-    cells = plan(rows, seeds, options or {}, out)
+    cells = plan(rows, seeds, options, out, arguments or [])
     wanted = {cell for cell in cells.values() if cell.row in chosen}
     wanted |= {cell.original for cell in wanted if cell.original is not None}
     started = time.perf_counter()
@@ -135,7 +137,8 @@ def compare_command(args: list[str]) -> dict[str, Any]:
     parser = ArgumentParser(prog="train.py compare", description="Run methods x seeds against a paired retrained model.")
     parser.add_argument("-c", "--config", action="config", help="YAML file of the options below.")
     parser.add_function_arguments(compare)
-    parsed = parser.parse_args(args)
+    own, further = (args[: args.index("--")], args[args.index("--") + 1 :]) if "--" in args else (args, [])
+    parsed = parser.parse_args(own)
     options = parser.instantiate_classes(parsed)
     options.pop("config", None)
-    return compare(**options.as_dict())
+    return compare(**{**options.as_dict(), **({"arguments": further} if further else {})})

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,9 @@ class Cell:
         return result if result.get("key") == self.key else None
 
 
-def plan(rows: dict[str, Row], seeds: list[int], options: dict[str, Any], out: Path) -> dict[tuple[str, int], Cell]:
+def plan(
+    rows: dict[str, Row], seeds: list[int], options: dict[str, Any], out: Path, arguments: Sequence[str] = ()
+) -> dict[tuple[str, int], Cell]:
     """All cells of a comparison, those that train an original model first.
 
     A row whose configuration starts from an original model starts from that of its seed: from the cell of the row ``original``.
@@ -76,6 +79,7 @@ def plan(rows: dict[str, Row], seeds: list[int], options: dict[str, Any], out: P
         seeds: The seeds.
         options: Options of ``fit`` for every row.
         out: The folder of the comparison.
+        arguments: Further arguments of ``fit`` for every row.
 
     Raises:
         ValueError: A row starts from an original model, and there is no row called ``original``.
@@ -89,14 +93,14 @@ def plan(rows: dict[str, Row], seeds: list[int], options: dict[str, Any], out: P
                 if "original" not in rows:
                     raise ValueError(f"The row '{name}' starts from an original model, but there is no row 'original'.")
                 original = cells["original", seed]
-            cells[name, seed] = _cell(name, row, seed, options, out, original)
+            settings = [*_arguments({**options, **row.options}, seed), *arguments]
+            cells[name, seed] = _cell(name, seed, row.config, settings, out, original)
     return cells
 
 
-def _cell(name: str, row: Row, seed: int, options: dict[str, Any], out: Path, original: Cell | None) -> Cell:
+def _cell(name: str, seed: int, config_file: Path_fr, settings: list[str], out: Path, original: Cell | None) -> Cell:
     folder = out / slug(name) / f"seed-{seed}"
-    config = Path(os.path.relpath(row.config.absolute))
-    settings = _arguments({**options, **row.options}, seed)
+    config = Path(os.path.relpath(config_file.absolute))
     places = {"trainer.default_root_dir": str(folder)}
     if original is not None:
         places["model.original"] = str(original.checkpoint)

@@ -69,7 +69,7 @@ def test_everything_is_written_and_nothing_is_run_twice(config: Path, capsys: py
     salun = next(cell for cell in report["cells"] if cell["row"] == "SalUn")
     assert salun["mask"]["drift"] == 0
     assert salun["mask"]["num_moved"] <= salun["mask"]["num_kept"] == salun["mask"]["num_weights"] // 2
-    assert len(salun["forget_confidence"]) == 130  # a tenth of the 1,297 digits that are neither test nor validation
+    assert len(salun["forget_confidence"]) == 130  # a tenth of the 1,299 digits that are neither test nor validation
     assert report["summary"]["Retrain again"]["gap"]["mean"] > 0
 
     stamps = {path: path.stat().st_mtime_ns for path in out.rglob("last.ckpt")}
@@ -108,6 +108,12 @@ def test_a_killed_cell_goes_on_from_its_last_epoch(config: Path, monkeypatch: py
     compare(config, "--only=SalUn")
     resumed, whole = weights(folder), weights(config.parent / "whole" / "salun" / "seed-1")
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+def test_further_arguments_reach_every_row(config: Path) -> None:
+    report = compare(config, "--only=SalUn", "--", "--data.forget.fraction=0.5", "--trainer.max_epochs=1")
+    assert all("--data.forget.fraction=0.5 --trainer.max_epochs=1" in cell["command"] for cell in report["cells"])
+    assert [len(cell["forget_confidence"]) for cell in report["cells"]] == [650, 650]  # half of 1,299, rounded to even
 
 
 def test_changed_settings_run_again(config: Path) -> None:

@@ -26,7 +26,7 @@ def trainer(folder: Path, **kwargs: Any) -> Trainer:
     return Trainer(**{"default_root_dir": folder, "accelerator": "cpu", "devices": 1, "limit_val_batches": 0, **quiet, **kwargs})
 
 
-def train_original(folder: Path, epochs: int = 3, **kwargs: Any) -> Path:
+def train_original(folder: Path, epochs: int = 4, **kwargs: Any) -> Path:
     """Train an original model and return its checkpoint."""
     torch.manual_seed(0)
     module = classifier(method=FineTune(order="all"), optimizer=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9))

@@ -1,0 +1,68 @@
+"""What predict writes."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from salun_lightning.data import ForgetClasses
+from salun_lightning.modules import ProbabilityWriter
+from tests.modules.small_runs import classifier, digits, trainer
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_image_of_every_set_is_written_once(tmp_path: Path) -> None:
+    module, datamodule = classifier(), digits(forget=ForgetClasses(["3"]))
+    trainer(tmp_path / "run", callbacks=[ProbabilityWriter()]).predict(module, datamodule=datamodule)
+    rows = rows_of(tmp_path / "run" / "predictions.csv")
+    assert list(rows[0]) == ["set", "index", "target", *(f"p{number}" for number in range(10))]
+    train, test, _ = datamodule.load()
+    sources = {"test": test, "test_forget": test}
+    for name, loader in datamodule.predict_dataloader().items():
+        written = [row for row in rows if row["set"] == name]
+        positions = torch.tensor([int(row["index"]) for row in written])
+        assert torch.equal(positions, torch.cat([batch.indices for batch in loader]))
+        source = sources.get(name, train)
+        assert [int(row["target"]) for row in written] == source.targets[positions].tolist()
+        probabilities = torch.tensor([[float(row[f"p{number}"]) for number in range(10)] for row in written])
+        with torch.no_grad():
+            expected = module.network.eval()(source.images[positions].float() / 255).softmax(1)
+        torch.testing.assert_close(probabilities, expected, rtol=1e-4, atol=1e-6)
+    assert len(rows) == 1797
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["predictions.csv"]
+
+
+class Other(LightningModule):
+    """A module of another project that predicts something else."""
+
+    def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return batch
+
+
+def test_other_predictions_are_left_alone(tmp_path: Path) -> None:
+    loader: DataLoader[Any] = DataLoader(torch.arange(4))
+    predictions = trainer(tmp_path, callbacks=[ProbabilityWriter()]).predict(Other(), loader)
+    assert torch.cat(predictions).tolist() == [0, 1, 2, 3]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError("the disk is full")
+
+    runner = trainer(tmp_path, callbacks=[ProbabilityWriter()])
+    runner.predict(classifier(), datamodule=digits())
+    before = (tmp_path / "predictions.csv").read_bytes()
+    monkeypatch.setattr("os.replace", fail)
+    with pytest.raises(OSError, match="the disk is full"):
+        runner.predict(classifier(), datamodule=digits())
+    assert (tmp_path / "predictions.csv").read_bytes() == before
