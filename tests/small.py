@@ -37,10 +37,10 @@ class Pairs(Dataset[Any]):
         return self.images[index], self.targets[index]
 
 
-def small_datamodule(forget: ForgetRequest | None = None, train: int = 60, test: int = 12, **kwargs: Any) -> ForgetRetainDataModule:
-    """A datamodule over numbered images that is set up."""
+def small_datamodule(forget: ForgetRequest | None = None, train: int = 60, **kwargs: Any) -> ForgetRetainDataModule:
+    """A datamodule over numbered images, 12 of them for testing, that is set up."""
     datamodule = ForgetRetainDataModule(
-        forget or ForgetRandom(count=12), numbered_images(train), numbered_images(test), **{"batch_size": 8, **kwargs}
+        forget or ForgetRandom(count=12), numbered_images(train), numbered_images(12), **{"batch_size": 8, **kwargs}
     )
     datamodule.setup()
     return datamodule

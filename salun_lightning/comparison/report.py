@@ -133,6 +133,8 @@ def _draw_metrics(plt: Any, summary: Mapping[str, Any], results: Results, refere
             axis.axvline(mark["mean"], color="black", linewidth=1, label=label)
             axis.axvspan(mark["mean"] - mark["std"], mark["mean"] + mark["std"], color="black", alpha=0.1)
             axis.legend(fontsize=8, loc="best")
+        if name == "gap":
+            axis.set_xlim(left=0)
     axes[0].set_yticks(range(len(rows)), rows)
     axes[0].invert_yaxis()
 
@@ -168,4 +170,4 @@ def _draw_masks(plt: Any, results: Results) -> None:
     axis.set_ylabel("fraction of the weights that may move")
     axis.set_title("Saliency mask by layer, input to output (last seed)", fontsize=11)
     axis.grid(axis="y", alpha=0.3)
-    axis.legend(fontsize=9)
+    axis.legend(fontsize=9, loc="lower left", framealpha=1)

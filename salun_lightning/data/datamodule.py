@@ -213,6 +213,8 @@ class ForgetRetainDataModule(LightningDataModule):
             run_seed(),
             *self._replicas(),
         )
+        if self.trainer is not None:  # of a resumed run, worker processes fetch batches before Lightning tells the epoch
+            sampler.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
         return self._loader(SampleBatches(self._train, self.train_transform, marked), sampler)
 
     def forget_dataloader(self) -> DataLoader[Any]:

@@ -135,8 +135,8 @@ class FixedOrder(DistributedSampler[Any]):
         super().__init__(range(len(positions)), num_replicas, rank, shuffle=False)  # type: ignore[arg-type]
         if 0 < len(positions) < num_replicas:
             raise ValueError(
-                f"{len(positions)} samples cannot be evaluated by {num_replicas} processes; use at most {len(positions)} processes"
-                " (for training alone: limit_val_batches=0)."
+                f"{len(positions)} samples cannot be evaluated by {num_replicas} processes; use at most {len(positions)}"
+                " processes (for training alone: limit_val_batches=0)."
             )
         steps = min(-(-len(positions) // (batch_size * num_replicas)), len(positions) // num_replicas)
         chunks = positions.tensor_split(steps * num_replicas) if steps else ()

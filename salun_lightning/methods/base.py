@@ -56,7 +56,7 @@ class Method(ABC):
         """
         if name not in batch:
             raise ValueError(
-                f"{type(self).__name__} needs the part '{name}' in each batch. Leave the datamodule's order unset: it is then the"
-                f" method's own (order '{self.order}')."
+                f"{type(self).__name__} needs the part '{name}' in each batch. Leave the datamodule's order unset: it is then"
+                f" the method's own (order '{self.order}')."
             )
         return batch[name]

@@ -29,7 +29,7 @@ class ProbabilityWriter(BasePredictionWriter):
         self, trainer: Trainer, pl_module: LightningModule, predictions: Sequence[Any], batch_indices: Sequence[Any]
     ) -> None:
         batches = [batch for loader in predictions for batch in (loader if isinstance(loader, list) else [loader])]
-        if not batches or not all(isinstance(batch, Mapping) and _FIELDS <= batch.keys() for batch in batches):
+        if not batches or not all(isinstance(batch, Mapping) and batch.keys() >= _FIELDS for batch in batches):
             return
         name = "predictions.csv" if trainer.world_size == 1 else f"predictions-{trainer.global_rank}.csv"
         path = Path(trainer.default_root_dir) / name

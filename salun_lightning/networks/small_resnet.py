@@ -24,6 +24,7 @@ class SmallResNet(nn.Module):
         std: Standard deviation of each channel.
 
     Example:
+        >>> import torch
         >>> SmallResNet(num_classes=10)(torch.zeros(4, 1, 8, 8)).shape
         torch.Size([4, 10])
     """

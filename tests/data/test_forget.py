@@ -143,7 +143,7 @@ def test_bad_file_of_indices(tmp_path: Path, content: bytes, message: str) -> No
 
 
 def test_missing_file_of_indices(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="There is no file of positions to forget at '.*nowhere.txt'"):
+    with pytest.raises(ValueError, match=r"There is no file of positions to forget at '.*nowhere.txt'"):
         ForgetIndices(tmp_path / "nowhere.txt").indices(TARGETS, NAMES, ALL)
 
 

@@ -122,9 +122,7 @@ def test_replicas_take_turns_when_nothing_is_padded() -> None:
 
 @pytest.mark.parametrize("order", ["sequential", "mixed", "forget", "paired"])
 def test_fewer_samples_than_replicas(order: Order) -> None:
-    shares = [
-        list(training_order(order, forget=torch.tensor([100]), num_replicas=4, rank=rank)) for rank in range(4)
-    ]
+    shares = [list(training_order(order, forget=torch.tensor([100]), num_replicas=4, rank=rank)) for rank in range(4)]
     assert len({len(share) for share in shares}) == 1
     if order != "mixed":
         assert all(100 in flat(share) for share in shares)

@@ -72,9 +72,7 @@ def svhn(root: Path) -> SVHNDataModule:
     ("make", "names"),
     [(cifar10, CIFAR10_NAMES), (cifar100, CIFAR100_NAMES), (svhn, [str(number) for number in range(10)])],
 )
-def test_files_of_torchvision(
-    tmp_path: Path, make: Callable[[Path], ForgetRetainDataModule], names: list[str]
-) -> None:
+def test_files_of_torchvision(tmp_path: Path, make: Callable[[Path], ForgetRetainDataModule], names: list[str]) -> None:
     datamodule = make(tmp_path)
     datamodule.prepare_data()  # finds the files and downloads nothing
     datamodule.setup()
@@ -224,7 +222,7 @@ def test_an_empty_transform_is_one_too(tmp_path: Path) -> None:
 
 
 def test_image_folder_without_images(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="There is no folder '.*train'. Images are expected in train/<class>/"):
+    with pytest.raises(ValueError, match=r"There is no folder '.*train'. Images are expected in train/<class>/"):
         ImageFolderDataModule(tmp_path, forget=ForgetRandom(count=3)).setup()
 
 

@@ -1,15 +1,9 @@
-"""Every test of the modules starts from the same random numbers, from no seed of a run, and runs on one thread."""
+"""How the tests of the modules run."""
 
 from collections.abc import Iterator
 
 import pytest
 import torch
-
-
-@pytest.fixture(autouse=True)
-def _same_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
-    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True, scope="package")

@@ -22,8 +22,9 @@ def classifier(**kwargs: Any) -> ImageClassifier:
 
 
 def trainer(folder: Path, **kwargs: Any) -> Trainer:
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False, "logger": False}
-    return Trainer(**{"default_root_dir": folder, "accelerator": "cpu", "devices": 1, "limit_val_batches": 0, **quiet, **kwargs})
+    quiet = dict.fromkeys(("enable_progress_bar", "enable_model_summary", "enable_checkpointing", "logger"), False)
+    one = {"default_root_dir": folder, "accelerator": "cpu", "devices": 1, "limit_val_batches": 0}
+    return Trainer(**{**quiet, **one, **kwargs})
 
 
 def train_original(folder: Path, epochs: int = 4, **kwargs: Any) -> Path:

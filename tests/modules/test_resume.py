@@ -21,12 +21,6 @@ from tests.modules.small_runs import classifier, digits, same, train_original, t
 from tests.small import Pairs
 
 
-@pytest.fixture
-def _seed_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # what the test sets itself is undone
-
-
-@pytest.mark.usefixtures("_seed_of_the_run")
 def test_killed_and_resumed_is_bit_identical_to_not_killed(tmp_path: Path) -> None:
     original = train_original(tmp_path, epochs=2)
     killed, whole = tmp_path / "killed", tmp_path / "whole"
@@ -46,9 +40,10 @@ def test_killed_and_resumed_is_bit_identical_to_not_killed(tmp_path: Path) -> No
     assert same(resumed, not_killed)
     assert {"network.stem.1.running_mean", "network.stem.1.num_batches_tracked"} <= resumed.keys()
     assert torch.load(checkpoint, weights_only=True)["epoch"] == EPOCHS - 1
-    assert not same({name: tensor for name, tensor in saved["state_dict"].items() if "head" in name}, {
-        name: tensor for name, tensor in resumed.items() if "head" in name
-    })
+    assert not same(
+        {name: tensor for name, tensor in saved["state_dict"].items() if "head" in name},
+        {name: tensor for name, tensor in resumed.items() if "head" in name},
+    )
 
     here = digits()
     here.setup()
