@@ -99,6 +99,22 @@ def test_cifar_configurations_fit(config: Path, tiny_cifar: Path) -> None:
     assert cli.trainer.current_epoch == 1
 
 
+@pytest.mark.parametrize("config", COMPARE_CONFIGS, ids=str)
+def test_comparisons_run(config: Path, tiny_cifar: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = ["--trainer.max_epochs=1"]
+    if config.parts[0] == "cifar10":
+        small += ["--data.batch_size=8", f"--model.network={CONFIGS}/cifar10/small_network.yaml"]
+    # the configuration names other files from the root of the repository, as its users are there
+    monkeypatch.chdir(ROOT)
+    if "folder.yaml" in (CONFIGS / config).read_text():
+        small.append(f"--data.root={tiny_cifar}/data/cifar10")
+    report = main(["compare", f"--config={CONFIGS / config}", f"--out={tiny_cifar}/out", "--seeds=1", "--", *small])
+    rows = yaml.safe_load((CONFIGS / config).read_text())["rows"]
+    assert [cell["row"] for cell in report["cells"]] == list(rows)
+    masked = [cell for cell in report["cells"] if cell["row"] == "SalUn"]
+    assert [cell["mask"]["drift"] for cell in masked] == [0]
+
+
 def test_paper_network_and_recipe(tiny_cifar: Path) -> None:
     cli = UnlearningCLI([f"--config={CONFIGS}/cifar10/salun.yaml", "--trainer.precision=32-true"], run=False)
     assert sum(weight.numel() for weight in cli.model.parameters()) == 11_173_962

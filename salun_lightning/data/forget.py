@@ -41,15 +41,15 @@ class ForgetClasses(ForgetRequest):
     """Forget every training image of some classes (class-wise forgetting).
 
     Args:
-        names: The classes, by name or by number; where a number is also a name, the name counts.
+        names: One class or several, by name or by number; where a number is also a name, the name counts.
 
     Example:
         >>> ForgetClasses(["cat"]).indices(torch.tensor([0, 1, 0]), ["cat", "dog"], torch.arange(3))
         tensor([0, 2])
     """
 
-    def __init__(self, names: list[int | str]) -> None:
-        self.names = names
+    def __init__(self, names: list[int | str] | int | str) -> None:
+        self.names = [names] if isinstance(names, int | str) else list(names)
 
     @override
     def classes(self, class_names: Sequence[str]) -> list[int]:

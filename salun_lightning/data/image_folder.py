@@ -16,14 +16,15 @@ from salun_lightning.data.samples import ImageTensors
 class ImageFolderDataModule(ForgetRetainDataModule):
     """Images in ``root/train/<class>/`` and ``root/test/<class>/``.
 
-    Without transforms of your own, training crops and mirrors at random, and evaluation takes the centre.
+    Without transforms of your own, training crops, scales and mirrors at random, and evaluation takes the centre.
 
     Args:
         root: The folder that holds ``train`` and ``test``.
         image_size: Height and width of the images that the network sees.
-        in_memory: Decode every image once and hold all of them as one uint8 tensor: N x 3 x size x size bytes.
-        **kwargs: See ``ForgetRetainDataModule``. Transforms of images in memory take whole uint8 batches, such as
-            ``RandomCropFlip``; there is none by default.
+        in_memory: Decode the centre of every image once and hold all of them as one uint8 tensor of N x 3 x size x size bytes,
+            on the accelerator if there is one. Transforms then take whole uint8 batches, such as ``RandomCropFlip``; by
+            default there are none.
+        **kwargs: See ``ForgetRetainDataModule``.
 
     Raises:
         ValueError: ``root`` holds no ``train`` or ``test`` folder, or their classes differ.

@@ -32,6 +32,8 @@ def joined(parts: Sequence[Samples]) -> Samples:
 class ImageTensors(Dataset[tuple[Tensor, Tensor]]):
     """Images that fit in memory, as one uint8 tensor. A batch is one indexing operation, on the device they lie on.
 
+    The datamodule moves them to the accelerator that trains, where they stay.
+
     Args:
         images: uint8 of shape (N, C, H, W).
         targets: Classes, integers of shape (N,).
@@ -83,11 +85,11 @@ class SampleBatches(Dataset[Any]):
         if self.forget is None:
             return samples
         forget = self.forget[positions]
-        parts = {"forget": forget, "retain": ~forget}
+        parts = {"forget": forget.nonzero().flatten(), "retain": (~forget).nonzero().flatten()}
         return {
-            name: samples if part.all() else Samples(*(field[part.to(field.device)] for field in samples))
-            for name, part in parts.items()
-            if part.any()
+            name: samples if len(rows) == len(positions) else Samples(*(field[rows.to(field.device)] for field in samples))
+            for name, rows in parts.items()
+            if len(rows)
         }
 
     def _of_tensors(self, positions: Tensor) -> Samples:

@@ -2,19 +2,18 @@
 
 import csv
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 _FIELDS = {"set", "index", "target", "probabilities"}
 
 
-class ProbabilityWriter(BasePredictionWriter):
+class ProbabilityWriter(Callback):
     """Writes ``predictions.csv`` into the run folder: set, index, target and the probability of each class.
 
     With several processes each writes the samples it saw, to ``predictions-<rank>.csv``. What a module of another kind predicts
@@ -22,25 +21,43 @@ class ProbabilityWriter(BasePredictionWriter):
     """
 
     def __init__(self) -> None:
-        super().__init__(write_interval="epoch")
+        super().__init__()
+        self._file: TextIO | None = None
 
     @override
-    def write_on_epoch_end(
-        self, trainer: Trainer, pl_module: LightningModule, predictions: Sequence[Any], batch_indices: Sequence[Any]
-    ) -> None:
-        batches = [batch for loader in predictions for batch in (loader if isinstance(loader, list) else [loader])]
-        if not batches or not all(isinstance(batch, Mapping) and batch.keys() >= _FIELDS for batch in batches):
+    def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any, **__: Any) -> None:
+        if not isinstance(outputs, Mapping) or not outputs.keys() >= _FIELDS:
             return
-        name = "predictions.csv" if trainer.world_size == 1 else f"predictions-{trainer.global_rank}.csv"
-        path = Path(trainer.default_root_dir) / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f"{path.name}.part")
-        with unfinished.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            classes = batches[0]["probabilities"].shape[1]
-            writer.writerow(["set", "index", "target", *(f"p{i}" for i in range(classes))])
-            for batch in batches:
-                rows = zip(batch["index"].tolist(), batch["target"].tolist(), batch["probabilities"].tolist(), strict=True)
-                writer.writerows([batch["set"], index, target, *row] for index, target, row in rows)
-        os.replace(unfinished, path)
-        rank_zero_info(f"Class probabilities: {path}")
+        if self._file is None:
+            path = _unfinished(_path(trainer))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("w", newline="", encoding="utf-8")
+            classes = outputs["probabilities"].shape[1]
+            csv.writer(self._file).writerow(["set", "index", "target", *(f"p{i}" for i in range(classes))])
+        rows = zip(outputs["index"].tolist(), outputs["target"].tolist(), outputs["probabilities"].tolist(), strict=True)
+        csv.writer(self._file).writerows([outputs["set"], index, target, *row] for index, target, row in rows)
+
+    @override
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._file is not None:
+            self._close()
+            os.replace(_unfinished(_path(trainer)), _path(trainer))
+            rank_zero_info(f"Class probabilities: {_path(trainer)}")
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def _path(trainer: Trainer) -> Path:
+    name = "predictions.csv" if trainer.world_size == 1 else f"predictions-{trainer.global_rank}.csv"
+    return Path(trainer.default_root_dir) / name
+
+
+def _unfinished(path: Path) -> Path:
+    return path.with_name(f"{path.name}.part")

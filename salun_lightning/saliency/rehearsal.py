@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+Backward = Callable[..., None]
 Harvest = Callable[[Iterable[nn.Parameter]], None]
 
 _INTERNAL = vars(nn.Module()).keys() - {"training"}
@@ -107,12 +108,12 @@ def replaced(module: LightningModule, stand_ins: Mapping[str, Callable[..., Any]
 
 
 @contextmanager
-def manual_optimization(module: LightningModule, weight: float, harvest: Harvest) -> Iterator[None]:
+def manual_optimization(module: LightningModule, backward: Backward, harvest: Harvest) -> Iterator[None]:
     """Inside, a manual ``training_step`` moves nothing: what its optimizers would step with is harvested instead.
 
     Args:
         module: The module, attached to a trainer that has its optimizers.
-        weight: What each loss counts.
+        backward: Called in the place of ``manual_backward``.
         harvest: Called with the parameters whose gradients are to be taken.
     """
     recorders = [_Recorder(optimizer, module, harvest) for optimizer in module.trainer.optimizers]
@@ -120,7 +121,7 @@ def manual_optimization(module: LightningModule, weight: float, harvest: Harvest
     stand_ins: dict[str, Callable[..., Any]] = {
         "optimizers": lambda *_, **__: recorders[0] if len(recorders) == 1 else recorders,
         "lr_schedulers": lambda: schedulers[0] if len(schedulers) == 1 else schedulers or None,
-        "manual_backward": lambda loss, *args, **kwargs: (loss * weight).backward(*args, **kwargs),
+        "manual_backward": backward,
         "clip_gradients": _ignore,
     }
     with replaced(module, stand_ins):

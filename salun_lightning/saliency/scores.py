@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -14,7 +15,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from salun_lightning.saliency.rehearsal import manual_optimization, undisturbed
+from salun_lightning.saliency.rehearsal import Backward, manual_optimization, undisturbed
 from salun_lightning.saliency.weights import weights_of
 
 Score = Literal["gradient", "fisher", "snip", "magnitude", "random"]
@@ -72,7 +73,9 @@ def saliency_scores(
     sums = _Sums(weights, squared=score == "fisher")
     with undisturbed(module), torch.enable_grad():
         for batch, share in _shares(batches, sums.squared, strategy):
-            _accumulate(module, _ready(module, batch, strategy), share, sums, strategy)
+            ready = _ready(module, batch, strategy)
+            backward = partial(_backward, module, strategy, share * extract_batch_size(ready))
+            _accumulate(module, ready, backward, sums, strategy)
             sums.harvest(weights.values(), eagerly=False)
         sums.harvest(weights.values())
     scores = {}
@@ -178,16 +181,27 @@ def _ready(module: LightningModule, batch: Any, strategy: Strategy | None) -> An
     return module._apply_batch_transfer_handler(module._on_before_batch_transfer(batch), device=device)
 
 
-def _accumulate(module: LightningModule, batch: Any, share: float, sums: _Sums, strategy: Strategy | None) -> None:
+def _backward(module: LightningModule, strategy: Strategy | None, weight: float, loss: Tensor, **kwargs: Any) -> None:
+    if not getattr(getattr(strategy, "model", None), "static_graph", False):
+        (loss * weight).backward(**kwargs)
+        return
+    # the hooks of a DistributedDataParallel with static_graph would take this for its first training step
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    gradients = torch.autograd.grad(loss * weight, parameters, allow_unused=True, **kwargs)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        if gradient is not None:
+            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+
+
+def _accumulate(module: LightningModule, batch: Any, backward: Backward, sums: _Sums, strategy: Strategy | None) -> None:
     """Add the gradient of one batch, summed over its samples."""
-    weight = share * extract_batch_size(batch)
     context: AbstractContextManager[Any] = nullcontext()
     # autocast would make the mask depend on the training precision
     if strategy is not None and not isinstance(strategy.precision_plugin, MixedPrecision):
         context = strategy.precision_plugin.forward_context()
     forget_loss: Callable[[Any], Tensor] | None = getattr(module, "forget_loss", None)
     if forget_loss is None and not module.automatic_optimization:
-        with manual_optimization(module, weight, sums.harvest), context:
+        with manual_optimization(module, backward, sums.harvest), context:
             _training_step(module, batch)
         return
     loss: Any
@@ -202,7 +216,7 @@ def _accumulate(module: LightningModule, batch: Any, share: float, sums: _Sums, 
             f"{type(module).__name__}.training_step returned no loss for a batch of the forget set; give the module a"
             " forget_loss(batch)."
         )
-    (loss * weight).backward()
+    backward(loss)
 
 
 def _training_step(module: LightningModule, batch: Any) -> Any:

@@ -1,6 +1,7 @@
 """Forget requests."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,13 +19,15 @@ ALL = torch.arange(10)
     ("names", "expected"),
     [
         (["cat"], [0, 3, 6, 9]),
+        ("cat", [0, 3, 6, 9]),
+        (1, [1, 4, 7]),
         ([1], [1, 4, 7]),
         (["owl", 1], [1, 2, 4, 5, 7, 8]),
         ([2, "owl", 2], [2, 5, 8]),
         ([], []),
     ],
 )
-def test_classes_by_name_and_number(names: list[int | str], expected: list[int]) -> None:
+def test_classes_by_name_and_number(names: Any, expected: list[int]) -> None:
     assert ForgetClasses(names).indices(TARGETS, NAMES, ALL).tolist() == expected
 
 

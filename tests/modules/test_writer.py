@@ -56,13 +56,21 @@ def test_other_predictions_are_left_alone(tmp_path: Path) -> None:
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any) -> None:
-        raise OSError("the disk is full")
-
-    runner = trainer(tmp_path, callbacks=[ProbabilityWriter()])
-    runner.predict(classifier(), datamodule=digits())
+    runner, module, datamodule = trainer(tmp_path, callbacks=[ProbabilityWriter()]), classifier(), digits(batch_size=50)
+    runner.predict(module, datamodule=datamodule)
     before = (tmp_path / "predictions.csv").read_bytes()
-    monkeypatch.setattr("os.replace", fail)
-    with pytest.raises(OSError, match="the disk is full"):
-        runner.predict(classifier(), datamodule=digits())
+    predict, done = module.predict_step, []
+
+    def fail(*arguments: Any) -> Any:
+        done.append(predict(*arguments))
+        if len(done) == 3:
+            raise RuntimeError("the power failed")
+        return done[-1]
+
+    monkeypatch.setattr(module, "predict_step", fail)
+    with pytest.raises(RuntimeError, match="the power failed"):
+        runner.predict(module, datamodule=datamodule)
+    assert (tmp_path / "predictions.csv").read_bytes() == before
+    monkeypatch.undo()
+    runner.predict(module, datamodule=datamodule)
     assert (tmp_path / "predictions.csv").read_bytes() == before

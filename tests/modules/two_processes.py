@@ -1,4 +1,4 @@
-"""Two processes test, predict and train: ``python -m tests.modules.two_processes <folder>``; Lightning starts the second."""
+"""Two processes test, predict and train: each runs ``python -m tests.modules.two_processes <folder>``."""
 
 import json
 import sys

@@ -89,12 +89,12 @@ def quiet_trainer(*callbacks: Callback, **kwargs: Any) -> Trainer:
     return Trainer(callbacks=list(callbacks), **{**settings, **kwargs})
 
 
-def fit(module: LightningModule, *callbacks: Callback, data: Any = None, ckpt_path: Any = None, **kwargs: Any) -> Trainer:
+def fit(
+    module: LightningModule, *callbacks: Callback, data: Any = None, val: Any = None, ckpt_path: Any = None, **kwargs: Any
+) -> Trainer:
     """Train on the CPU, quietly; ``data`` is a loader or several (25 images in batches of 5 by default)."""
     trainer = quiet_trainer(*callbacks, **kwargs)
-    trainer.fit(
-        module, loader() if data is None else data, ckpt_path=ckpt_path, weights_only=None if ckpt_path is None else True
-    )
+    trainer.fit(module, loader() if data is None else data, val, ckpt_path=ckpt_path, weights_only=True if ckpt_path else None)
     return trainer
 
 
