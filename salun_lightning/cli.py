@@ -1,6 +1,7 @@
 """The command line: LightningCLI with one extra key, ``saliency:``, and the command ``compare``."""
 
 import sys
+import warnings
 from typing import Any
 
 USAGE = """\
@@ -40,6 +41,8 @@ def main(args: list[str] | None = None) -> Any:
         return compare_command(words[1:])
     from salun_lightning.lightning_cli import UnlearningCLI
 
+    # images in memory are taken a batch at a time where they lie; worker processes could only be slower
+    warnings.filterwarnings("ignore", message=".*does not have many workers")
     if words[0] == "test":
         words = ["test", "--verbose=false", *words[1:]]
     return UnlearningCLI(args=words)

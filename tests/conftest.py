@@ -9,9 +9,9 @@ import torch
 
 @pytest.fixture(autouse=True)
 def _no_leaks() -> Iterator[None]:
-    """Two threads at most, and the environment, the number of threads and the random state as they were."""
+    """One thread (networks here are tiny), and the environment, the number of threads and the random state as they were."""
     environment, threads = dict(os.environ), torch.get_num_threads()
-    torch.set_num_threads(min(threads, 2))
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)

@@ -30,7 +30,7 @@ _NOT_SERVED = DeepSpeedStrategy | XLAStrategy | SingleDeviceXLAStrategy  # thoug
 
 
 class SaliencyMasking(Callback):
-    r"""Lets only the most salient weights move: :math:`\theta_u = m_S \odot \theta + (1 - m_S) \odot \theta_o` (SalUn).
+    r"""Let only salient weights move: :math:`\theta_u = m_S \odot \theta + (1 - m_S) \odot \theta_o` (Fan et al., ICLR 2024).
 
     Works with any LightningModule, datamodule and optimizer. When training starts, the mask is restored from the checkpoint
     that is resumed, or loaded from ``mask``, or computed in one pass over the forget set: ``datamodule.forget_dataloader()``
@@ -189,7 +189,6 @@ class SaliencyMasking(Callback):
         update = average.update_parameters
 
         def update_and_hold(module: nn.Module) -> None:
-            self._put_back_buffers()  # the average may be updated before this callback's turn
             update(module)  # type: ignore[operator]
             for mean, holder in held:
                 holder.put_back(mean)

@@ -124,7 +124,6 @@ def naive(images: np.ndarray, targets: np.ndarray) -> float:
 
 
 @pytest.mark.benchmark
-@pytest.mark.filterwarnings("ignore::UserWarning:lightning.*")
 def test_throughput() -> None:
     if not ON_GPU and not any(there for name, there in torch.cpu.get_capabilities().items() if "bf16" in name):
         pytest.skip("The processor has no bf16 instructions, and there is no GPU.")

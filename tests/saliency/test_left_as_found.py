@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.loggers.logger import Logger
 from torch import Tensor, nn
 from torch.nn import functional
-from torchmetrics import CatMetric, MeanMetric, MetricCollection
+from torchmetrics import CatMetric, MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from salun_lightning.saliency import SaliencyMasking, saliency_scores
@@ -38,14 +38,30 @@ class Recorder(Logger):
         return self.seen
 
 
+class InPlace(Metric):
+    """A metric that writes to its state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.zeros(()), dist_reduce_fx="sum")
+
+    def update(self, value: Tensor) -> None:
+        self.total.add_(value)
+
+    def compute(self) -> Tensor:
+        return self.total
+
+
 class Busy(Plain):
     """A training step with every side effect that one can have."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.save_hyperparameters({"width": 3, "names": ["a"]})
         self.net.append(nn.Dropout(0.2))
         self.mean = MeanMetric()
         self.outputs = CatMetric()
+        self.total = InPlace()
         accuracy, f1 = (kind(3, average="micro") for kind in (MulticlassAccuracy, MulticlassF1Score))
         self.metrics = MetricCollection({"acc": accuracy, "f1": f1})
         self.register_buffer("seen", torch.zeros(()))
@@ -73,10 +89,12 @@ class Busy(Plain):
     def update(self, loss: Tensor, logits: Tensor, targets: Tensor) -> None:
         self.mean(loss)
         self.outputs.update(loss)
+        self.total.update(loss)
         self.metrics.update(logits, targets)
         self.seen += 1
         self.last = loss[None].clone()
         self.steps += 1
+        self.hparams["names"].append("b")
         self.losses.append(loss)
         self.queue.append(float(loss))
         self.nested["losses"].append(float(loss))
@@ -91,10 +109,10 @@ def state(module: Busy) -> list[Any]:
         {name: parameter.grad.tolist() for name, parameter in module.named_parameters() if parameter.grad is not None},
         {name: value.tolist() for name, value in (*module.named_parameters(), *module.named_buffers())},
         [module.mean.mean_value.tolist(), module.mean.weight.tolist(), module.mean._update_count, module.mean.update_called],
-        [float(value) for value in module.outputs.value],
+        [float(value) for value in (*module.outputs.value, module.total.total)],
         [module.metrics.compute_groups, {name: metric.tp.tolist() for name, metric in module.metrics.items(copy_state=False)}],
         [module.steps, [float(loss) for loss in module.losses]],
-        deepcopy([module.queue, module.nested, module.targets_seen]),
+        deepcopy([dict(module.hparams), module.queue, module.nested, module.targets_seen]),
         [vars(module).keys()],
         [torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()],
     ]
@@ -115,11 +133,11 @@ def used(module: Busy) -> Busy:
 def test_everything_is_left_as_it_was(score):
     module = used(Busy())
     before = state(module)
-    objects = [module.seen, module.losses, module.queue, module.nested, module.net[0].weight.grad]
+    objects = [module.seen, module.last, module.losses, module.queue, module.nested, module.net[0].weight.grad]
     saliency_scores(module, loader(), score)
     for after, expected in zip(state(module), before, strict=True):
         assert after == expected
-    now = [module.seen, module.losses, module.queue, module.nested, module.net[0].weight.grad]
+    now = [module.seen, module.last, module.losses, module.queue, module.nested, module.net[0].weight.grad]
     assert all(mine is theirs for mine, theirs in zip(now, objects, strict=True))
 
 

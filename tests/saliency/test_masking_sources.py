@@ -63,6 +63,13 @@ class Stream(IterableDataset):
         return iter(images_and_targets())
 
 
+class OneClass(BatchSampler):
+    """Batches of one class alone."""
+
+    def __iter__(self) -> Any:
+        return iter([[1, 4, 7, 10], [13, 16, 19, 22]])
+
+
 class Batches:
     def __init__(self, batches: Iterable[Any]) -> None:
         self.batches = batches
@@ -93,6 +100,10 @@ LOADERS = {
     "a batch sampler": (
         lambda: DataLoader(images_and_targets(), batch_sampler=BatchSampler(RandomSampler(range(25)), 4, drop_last=True)),
         None,
+    ),
+    "batches put together by a rule": (
+        lambda: DataLoader(images_and_targets(), batch_sampler=OneClass(RandomSampler(range(25)), 4, drop_last=True)),
+        list(range(1, 25, 3)),
     ),
     "a stream": (lambda: DataLoader(Stream(), batch_size=4), None),
     "batches that are no DataLoader": (lambda: Batches(loader(batch_size=4)), None),
