@@ -212,9 +212,10 @@ def _accumulate(module: LightningModule, batch: Any, backward: Backward, sums: _
             output = _training_step(module, batch)
             loss = output.get("loss") if isinstance(output, Mapping) else output
     if not isinstance(loss, Tensor):
+        source = "training_step" if forget_loss is None else "forget_loss"
         raise ValueError(
-            f"{type(module).__name__}.training_step returned no loss for a batch of the forget set; give the module a"
-            " forget_loss(batch)."
+            f"{type(module).__name__}.{source} returned no loss for a batch of the forget set. Give the module a"
+            " forget_loss(batch) that returns a scalar tensor."
         )
     backward(loss)
 

@@ -1,8 +1,8 @@
 """Exact global top-k over many tensors, without sorting or concatenating them.
 
 The bit pattern of a non-negative float grows with its value, so the k-th largest score is found digit by digit: a histogram
-of the highest bits says which bin it lies in, a histogram of the next bits of that bin narrows it down, and after three
-passes (float32) every bit is known. Time is linear in the number of scores; the extra memory is one chunk.
+of the highest bits says which bin it lies in, a histogram of the next bits of that bin narrows it down, until every bit is
+known. Time is linear in the number of scores; the extra memory is one chunk.
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-_CHUNK = 1 << 22  # scores looked at together: 16 MiB, so that the temporaries stay in cache-sized pieces
-_DIGIT = 11  # bits settled in one pass
+_CHUNK = 1 << 20  # scores looked at together: 4 MiB, so that the temporaries stay in cache-sized pieces
+_DIGIT = 16  # bits settled in one pass: two passes for float32, four for float64
 
 
 def num_kept(ratio: float, num_weights: int) -> int:
@@ -45,10 +45,14 @@ def top_k_masks(scores: Mapping[str, Tensor], k: int) -> Iterator[tuple[str, Ten
         ValueError: A score is negative, NaN or infinite, or there are fewer than ``k`` scores.
     """
     width = 63 if any(score.dtype == torch.float64 for score in scores.values()) else 31
-    bound, ties = _kth_largest(scores, k, width)
+    total = sum(score.numel() for score in scores.values())
+    if not 0 <= k <= total:
+        raise ValueError(f"{k} of {total} scores cannot be selected.")
+    signed = {name: _check(name, score, width) for name, score in scores.items()}
+    bound, ties = _kth_largest(scores, k, width, signed)
     for name, score in scores.items():
         mask = torch.empty(score.shape, dtype=torch.bool, device=score.device)
-        for selected, bits in zip(mask.view(-1).split(_CHUNK), _chunks(score, width), strict=True):
+        for selected, bits in zip(mask.view(-1).split(_CHUNK), _chunks(score, width, signed[name]), strict=True):
             torch.gt(bits, bound, out=selected)
             if ties:
                 equal = (bits == bound).nonzero()[:ties]
@@ -57,13 +61,8 @@ def top_k_masks(scores: Mapping[str, Tensor], k: int) -> Iterator[tuple[str, Ten
         yield name, mask
 
 
-def _kth_largest(scores: Mapping[str, Tensor], k: int, width: int) -> tuple[int, int]:
+def _kth_largest(scores: Mapping[str, Tensor], k: int, width: int, signed: Mapping[str, bool]) -> tuple[int, int]:
     """The bit pattern of the k-th largest score, and how many scores equal to it belong to the k largest."""
-    total = sum(score.numel() for score in scores.values())
-    if not 0 <= k <= total:
-        raise ValueError(f"{k} of {total} scores cannot be selected.")
-    for name, score in scores.items():
-        _check(name, score)
     if k == 0:
         return 2**width - 1, 0  # no finite score lies above this pattern
     prefix, above, low = 0, 0, width
@@ -71,8 +70,8 @@ def _kth_largest(scores: Mapping[str, Tensor], k: int, width: int) -> tuple[int,
         high, low = low, max(low - _DIGIT, 0)
         digits = 1 << (high - low)
         histogram = torch.zeros(digits, dtype=torch.int64)
-        for score in scores.values():
-            for bits in _chunks(score, width):
+        for name, score in scores.items():
+            for bits in _chunks(score, width, signed[name]):
                 left = bits[bits >> high == prefix] if high < width else bits
                 histogram += torch.bincount((left >> low) & (digits - 1), minlength=digits).cpu()
         at_least = histogram.flip(0).cumsum(0).flip(0)  # scores whose digit is at least d
@@ -82,27 +81,35 @@ def _kth_largest(scores: Mapping[str, Tensor], k: int, width: int) -> tuple[int,
     return prefix, k - above
 
 
-def _check(name: str, score: Tensor) -> None:
+def _check(name: str, score: Tensor, width: int) -> bool:
+    """Refuse what cannot be ranked; tell whether there are negative zeros, whose bits order differently."""
     if not score.is_floating_point():
         raise ValueError(f"The scores of '{name}' are {score.dtype}; scores are floating-point numbers.")
-    # of the whole tensor: a rank that refused its shard alone would leave the others waiting
-    for chunk in _flat(score).split(_CHUNK):
-        if not torch.isfinite(chunk).all():
+    infinity = 0x7FF << 52 if width == 63 else 0xFF << 23
+    signed = False
+    for bits in _chunks(score, width):
+        lowest, highest = torch.aminmax(bits) if bits.numel() else (0, 0)
+        if lowest >= 0 and highest < infinity:  # in one pass: nothing is negative, infinite or NaN
+            continue
+        floats = bits.view(_floats(width))
+        if not torch.isfinite(floats).all():
             raise ValueError(
                 f"The saliency of '{name}' contains NaN or infinity, so weights cannot be ranked by it. Check that the"
                 " original model loads correctly and that its forget loss is finite."
             )
-        if (chunk < 0).any():
+        if (floats < 0).any():
             raise ValueError(f"The saliency of '{name}' contains negative numbers; scores are magnitudes.")
+        signed = True
+    return signed
 
 
-def _chunks(score: Tensor, width: int) -> Iterator[Tensor]:
+def _floats(width: int) -> torch.dtype:
+    return torch.float64 if width == 63 else torch.float32
+
+
+def _chunks(score: Tensor, width: int, signed: bool = False) -> Iterator[Tensor]:
     """The scores as integers that order like them, in row-major order, a chunk at a time."""
-    floats, integers = (torch.float64, torch.int64) if width == 63 else (torch.float32, torch.int32)
-    for chunk in _flat(score).split(_CHUNK):
-        yield chunk.to(floats).abs().view(integers)  # abs: -0.0 counts as 0.0
-
-
-def _flat(score: Tensor) -> Tensor:
     whole = score.full_tensor() if isinstance(score, DTensor) else score
-    return whole.detach().reshape(-1)
+    for chunk in whole.detach().reshape(-1).split(_CHUNK):
+        floats = chunk.to(_floats(width))
+        yield (floats.abs() if signed else floats).view(torch.int64 if width == 63 else torch.int32)

@@ -92,9 +92,10 @@ def test_time_of_selection() -> None:
 def test_memory_of_selection() -> None:
     copies = int(os.environ.get("BENCHMARK_COPIES", "10"))
     slow, _ = in_own_process(naive, 1)  # at 866 M weights it would take 38 GB
-    for name, way in (("mask of bytes", ours), ("mask of bits", packed)):
+    peaks = []
+    for kind, way in (("mask of bytes", ours), ("mask of bits", packed)):
         memory, taken = in_own_process(way, copies)
-        figures = f"{memory:.2f} B, {taken:.1f} s"
-        name = f"extra a weight, {86.6 * copies:.0f} M weights, {name}"  # noqa: PLW2901
-        report(name, figures, f"{slow:.1f} B at 86.6 M", f"{slow / memory:.1f}x", "<= 2.5 B")
-        assert memory <= 2.5
+        peaks.append(memory)
+        name = f"extra a weight, {86.6 * copies:.0f} M weights, {kind}"
+        report(name, f"{memory:.2f} B, {taken:.1f} s", f"{slow:.1f} B at 86.6 M", f"{slow / memory:.1f}x", "<= 2.5 B")
+    assert max(peaks) <= 2.5

@@ -207,6 +207,13 @@ def test_a_loss_that_no_weight_has_a_part_in_is_refused(digits, monkeypatch):
         saliency_scores(module, batches(digits, 64))
 
 
+def test_a_forget_loss_that_returns_none_is_refused(digits, monkeypatch):
+    module = classifier()
+    monkeypatch.setattr(module, "forget_loss", lambda samples: None, raising=False)
+    with pytest.raises(ValueError, match=r"ImageClassifier\.forget_loss returned no loss"):
+        saliency_scores(module, batches(digits, 64))
+
+
 def test_a_loss_that_is_not_finite_is_refused_with_the_name_of_a_weight(digits, monkeypatch):
     module = classifier()
     monkeypatch.setattr(module, "forget_loss", lambda samples: module.task_loss(samples) * float("inf"), raising=False)

@@ -263,7 +263,7 @@ class NeedsBoth(Plain):
 
 @pytest.mark.parametrize("module", [NoLoss, NoLossInDictionary])
 def test_a_training_step_without_loss_is_refused(module):
-    with pytest.raises(ValueError, match=r"training_step returned no loss .*; give the module a forget_loss"):
+    with pytest.raises(ValueError, match=r"training_step returned no loss .*\. Give the module a forget_loss"):
         saliency_scores(module(), loader())
 
 
