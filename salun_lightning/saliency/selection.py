@@ -78,6 +78,8 @@ def _kth_largest(scores: Mapping[str, Tensor], k: int, width: int, signed: Mappi
         digit = int((at_least >= k - above).nonzero().max())
         above += int(at_least[digit] - histogram[digit])
         prefix = prefix << (high - low) | digit
+    if histogram[digit] == k - above:  # every score equal to the k-th is selected: no ties to break
+        return prefix - 1, 0
     return prefix, k - above
 
 
