@@ -10,12 +10,13 @@ usage: python train.py <command> [options]        (installed: salun-lightning <c
 commands:
   fit        train, retrain or unlearn one model
   validate   evaluate a checkpoint on the validation sets
-  test       measure UA, RA, TA and MIA of a checkpoint
-  predict    write the class probabilities of a checkpoint
+  test       measure what a checkpoint still knows: UA, RA, TA, MIA; of a diffusion model UA, entropy, FID and the like
+  predict    write what a checkpoint says: class probabilities; of a diffusion model images
   compare    run methods x seeds against a paired retrained model, and report
 
 first steps:
   python train.py compare --config configs/digits/compare.yaml
+  python train.py compare --config configs/digits/diffusion.yaml
   python train.py fit --config configs/digits/original.yaml
 
 options of a command:  python train.py <command> --help

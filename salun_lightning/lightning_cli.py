@@ -1,6 +1,7 @@
 """LightningCLI for modules that forget."""
 
 import sys
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -14,7 +15,7 @@ import salun_lightning.data
 import salun_lightning.methods
 import salun_lightning.modules
 import salun_lightning.networks  # noqa: F401  # classes of imported modules can be named without their module
-from salun_lightning.modules import ProbabilityWriter
+from salun_lightning.modules import ImageWriter, ProbabilityWriter
 from salun_lightning.saliency import SaliencyMasking
 
 
@@ -31,7 +32,8 @@ class UnlearningCLI(LightningCLI):
     """LightningCLI, any LightningModule and any LightningDataModule, and ``saliency:``.
 
     ``trainer.default_root_dir`` is the run folder: the configuration, the metrics (``metrics.csv``, unless another logger is
-    given) and the last checkpoint (``checkpoints/last.ckpt``, each epoch) lie in it.
+    given) and the last checkpoint (``checkpoints/last.ckpt``, each epoch) lie in it, and of a diffusion model also the pipeline
+    directory (``pipeline``).
 
     Args:
         args: Command-line arguments; by default those of this process.
@@ -47,7 +49,7 @@ class UnlearningCLI(LightningCLI):
             subclass_mode_data=True,
             save_config_callback=SaveConfig,
             save_config_kwargs={"overwrite": True},
-            trainer_defaults={"callbacks": [checkpoint, ProbabilityWriter()], "log_every_n_steps": 1},
+            trainer_defaults={"callbacks": [checkpoint, ProbabilityWriter(), ImageWriter()], "log_every_n_steps": 1},
             seed_everything_default=0,
             auto_configure_optimizers=False,
             args=args,
@@ -71,6 +73,11 @@ class UnlearningCLI(LightningCLI):
             default=None,
             help="Which weights may move: ratio or mask, score, freeze_buffers. Without it, all may.",
         )
+
+    def after_fit(self) -> None:
+        """Save what diffusers can load, where the module knows how."""
+        if hasattr(self.model, "save_pretrained") and self.trainer.is_global_zero:
+            self.model.save_pretrained(Path(self.trainer.default_root_dir) / "pipeline")
 
     def after_test(self) -> None:
         """Print each metric once; Lightning's own table (``--verbose true``) repeats them for every loader."""

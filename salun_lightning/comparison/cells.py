@@ -7,12 +7,16 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Timer
+from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
 from typing_extensions import override
 
 from salun_lightning.comparison.files import read_json, write_json
 from salun_lightning.comparison.plan import Cell
 from salun_lightning.lightning_cli import UnlearningCLI
 from salun_lightning.saliency import SaliencyMasking
+
+_SHOWN = 8  # generated images of each class in the report
 
 
 def run(cell: Cell) -> dict[str, Any]:
@@ -26,21 +30,31 @@ def run(cell: Cell) -> dict[str, Any]:
         raise ValueError(
             "A comparison runs each cell on one device. Share the cells out (--only, --seeds), or run their fit commands."
         )
-    timer, confidence = Timer(), _ForgetConfidence()
+    timer, evidence = Timer(), _Evidence()
     cli.trainer.callbacks[:0] = [timer]  # type: ignore[attr-defined]  # first, so that it counts the saliency pass
-    cli.trainer.callbacks.append(confidence)  # type: ignore[attr-defined]
-    resumed = str(cell.checkpoint) if cell.checkpoint.is_file() else None
-    cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=resumed, weights_only=True)
-    (metrics,) = _merged(cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False))
+    cli.trainer.callbacks.append(evidence)  # type: ignore[attr-defined]
+    if cell.trained is None:
+        resumed = str(cell.checkpoint) if cell.checkpoint.is_file() else None
+        cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=resumed, weights_only=True)
+        seconds, tested = timer.time_elapsed("train"), None
+    else:
+        seconds, tested = (cell.trained.result or {})["seconds"], str(cell.trained.checkpoint)
+    (metrics,) = _merged(
+        cli.trainer.test(cli.model, datamodule=cli.datamodule, ckpt_path=tested, verbose=False, weights_only=True)
+    )
+    evidence.save_samples(cell.samples)
     result = {
         "key": cell.key,
         "row": cell.row,
         "seed": cell.seed,
+        "case": cell.case,
         "command": cell.command,
         "metrics": metrics,
-        "seconds": timer.time_elapsed("train"),
+        "seconds": seconds,
         "device": torch.cuda.get_device_name() if cli.trainer.strategy.root_device.type == "cuda" else "cpu",
-        "forget_confidence": confidence.values,
+        "features": getattr(getattr(cli.model, "quality", None), "description", None),
+        "forget_confidence": evidence.confidence,
+        "sampled_classes": [cli.datamodule.class_names[target] for target in sorted(evidence.samples)],
         **_mask_facts(cli.trainer, cell.folder),
     }
     write_json(cell.folder / "result.json", result)
@@ -60,14 +74,30 @@ def _mask_facts(trainer: Trainer, folder: Path) -> dict[str, Any]:
     return {}
 
 
-class _ForgetConfidence(Callback):
-    """Collects, while testing, the probability of the true class of each image of the forget set."""
+class _Evidence(Callback):
+    """Collects, while testing, what the report shows of each model."""
 
     def __init__(self) -> None:
-        self.values: list[float] = []
+        self.confidence: list[float] = []
+        """The probability of the true class of each image of the forget set."""
+        self.samples: dict[int, dict[int, Tensor]] = {}
+        """The first generated images of each class, by class and number."""
 
     @override
     def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any, **__: Any) -> None:
-        if outputs["set"] == "forget":
+        if outputs["set"] == "forget" and "probabilities" in outputs:
             true = outputs["probabilities"].gather(1, outputs["target"].unsqueeze(1))
-            self.values += true.flatten().tolist()
+            self.confidence += true.flatten().tolist()
+        if outputs["set"] == "generated":
+            for image, target, index in zip(
+                outputs["image"], outputs["target"].tolist(), outputs["index"].tolist(), strict=True
+            ):
+                if index < _SHOWN:
+                    self.samples.setdefault(target, {})[index] = image.cpu()
+
+    def save_samples(self, path: Path) -> None:
+        """Save a picture with a row of images for each class."""
+        if self.samples:
+            rows = [torch.cat([images[index] for index in sorted(images)], dim=2) for _, images in sorted(self.samples.items())]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            to_pil_image(torch.cat(rows, dim=1)).save(path)

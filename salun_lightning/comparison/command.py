@@ -5,7 +5,6 @@ import os
 import platform
 import time
 import warnings
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,9 @@ from jsonargparse import ArgumentParser
 
 import salun_lightning
 from salun_lightning.comparison.files import write_json, write_text
-from salun_lightning.comparison.plan import Cell, Row, plan
-from salun_lightning.comparison.report import METRICS, average_gap, markdown, plot, summarise
+from salun_lightning.comparison.plan import Cell, Plan, Row
+from salun_lightning.comparison.plots import plot, plot_samples
+from salun_lightning.comparison.report import Table, average_gap, markdown, summarise
 
 
 def compare(
@@ -26,11 +26,15 @@ def compare(
     noise_floor: str | None = None,
     only: str | list[str] | None = None,
     arguments: list[str] | None = None,
+    cases: dict[str, dict[str, Any]] | None = None,
+    first: dict[str, Row] | None = None,
+    metrics: list[str] | None = None,
+    gap: bool = True,
 ) -> dict[str, Any]:
     """Run methods x seeds against a paired retrained model, and report.
 
-    Every cell (one row, one seed) is one ``fit`` command with a folder of its own. A finished cell is not run again; a killed
-    one goes on from its last epoch.
+    Every cell (one row, one seed, one case) is one ``fit`` command with a folder of its own. A finished cell is not run again;
+    a killed one goes on from its last epoch.
 
     Args:
         rows: The rows of the table by name, each a configuration of ``fit`` with overrides. Rows that start from an original
@@ -42,6 +46,12 @@ def compare(
         noise_floor: The row that repeats the reference with another seed.
         only: Run only these rows (and the original models they start from); the table shows all that is there.
         arguments: Further arguments of ``fit`` for every row; on the command line, all that follows ``--``.
+        cases: What each seed is repeated for, such as the class to forget: options of ``fit`` by name. The original model of a
+            seed is trained once, and tested in each case.
+        first: Models that are trained once before all else, such as the classifier that judges images, each a configuration of
+            ``fit``. In the options ``{name}`` stands for the checkpoint.
+        metrics: The columns of the table, as ``test`` names them; by default UA, RA, TA and MIA.
+        gap: Whether the mean absolute difference of these to the reference is a column.
 
     Returns:
         What was written to ``results.json``.
@@ -56,27 +66,33 @@ def compare(
         if name.lower() not in known:
             raise ValueError(f"There is no row '{name}'. The rows are: {', '.join(rows)}.")
     chosen = {known[name.lower()] for name in asked}
-    cells = plan(rows, seeds, options, out, arguments or [])
-    wanted = {cell for cell in cells.values() if cell.row in chosen}
-    wanted |= {cell.original for cell in wanted if cell.original is not None}
+    plan = Plan(out, options, arguments or [])
+    plan.add_first(first or {})
+    plan.add(rows, seeds, cases or {})
+    wanted = {cell for cell in plan.cells if cell.row in chosen}
+    for _ in range(2):  # the originals, and what trains those
+        wanted |= {needed for cell in wanted for needed in (cell.original, cell.trained) if needed is not None}
+    table = Table(reference, noise_floor, metrics or ["UA", "RA", "TA", "MIA"], gap)
     started = time.perf_counter()
-    _run_all([cell for cell in cells.values() if cell in wanted], reference)
-    return _report(rows, cells.values(), reference, noise_floor, out, time.perf_counter() - started)
+    _run_all([*plan.first, *(cell for cell in plan.cells if cell in wanted)], table)
+    return _report(list(rows), plan, table, time.perf_counter() - started)
 
 
-def _run_all(cells: list[Cell], reference: str) -> None:
-    results: dict[tuple[str, int], dict[str, Any]] = {}
+def _run_all(cells: list[Cell], table: Table) -> None:
+    results: dict[Any, dict[str, Any]] = {}
     for number, cell in enumerate(cells, start=1):
         result = cell.result
         note = "was there"
         if result is None:
             result = _run_quietly(cell)
-            note = f"{result['seconds']:.1f} s"
-        results[cell.row, cell.seed] = result
-        figures = "  ".join(f"{name} {result['metrics'][name]:6.2f}" for name in METRICS)
-        paired = results.get((reference, cell.seed))
-        gap = f"  gap {average_gap(result['metrics'], paired['metrics']):5.2f}" if paired else " " * 11
-        print(f"[{number:3}/{len(cells)}] {cell.row:<24} seed {cell.seed}  {figures}{gap}  {note}", flush=True)
+            note = f"{result['seconds']:.1f} s" if cell.trained is None else "tested"
+        results[cell.row, cell.run] = result
+        measured = result["metrics"]
+        figures = "  ".join(f"{name} {measured[name]:6.2f}" for name in table.metrics if name in measured)
+        paired = results.get((table.reference, cell.run))
+        gap = f"  gap {average_gap(measured, paired['metrics'], table.metrics):5.2f}" if paired and table.gap else ""
+        where = f"seed {cell.seed}" + (f", {cell.case}" if cell.case else "")
+        print(f"[{number:3}/{len(cells)}] {cell.row:<24} {where}  {figures}{gap}  {note}", flush=True)
 
 
 def _run_quietly(cell: Cell) -> dict[str, Any]:
@@ -96,33 +112,28 @@ def _run_quietly(cell: Cell) -> dict[str, Any]:
             logger.setLevel(level)
 
 
-def _report(
-    rows: Iterable[str],
-    cells: Iterable[Cell],
-    reference: str,
-    noise_floor: str | None,
-    out: Path,
-    seconds: float,
-) -> dict[str, Any]:
-    order = list(rows)
-    cells = sorted(cells, key=lambda cell: (order.index(cell.row), cell.seed))
-    results = {(cell.row, cell.seed): result for cell in cells if (result := cell.result) is not None}
-    summary = summarise(results, reference)
-    table = markdown(summary, results, reference, noise_floor)
-    write_text(out / "table.md", table)
+def _report(order: list[str], plan: Plan, table: Table, seconds: float) -> dict[str, Any]:
+    cells = sorted(plan.cells, key=lambda cell: order.index(cell.row))
+    results = {(cell.row, cell.run): result for cell in cells if (result := cell.result) is not None}
+    first = {cell.row: result for cell in plan.first if (result := cell.result) is not None}
+    summary = summarise(results, table)
+    text = markdown(summary, results, table, first)
+    write_text(plan.out / "table.md", text)
     report = {
         "version": salun_lightning.__version__,
         "machine": {"platform": platform.platform(), "cpus": os.cpu_count(), **_versions()},
         "seconds": seconds,
-        "reference": reference,
-        "noise_floor": noise_floor,
+        "reference": table.reference,
+        "noise_floor": table.noise_floor,
+        "first": list(first.values()),
         "summary": summary,
         "cells": list(results.values()),
     }
-    write_json(out / "results.json", report)
-    pictures = plot(summary, results, reference, noise_floor, out)
-    print("\n" + table.split("\nOne row again")[0])
-    print("wrote " + ", ".join(str(path) for path in (out / "table.md", out / "results.json", *pictures)))
+    write_json(plan.out / "results.json", report)
+    pictures = plot(summary, results, table, plan.out)
+    pictures += plot_samples([cell for cell in cells if (cell.row, cell.run) in results], plan.out)
+    print("\n" + text.split("\nOne row again")[0])
+    print("wrote " + ", ".join(str(path) for path in (plan.out / "table.md", plan.out / "results.json", *pictures)))
     return report
 
 

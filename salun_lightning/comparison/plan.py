@@ -5,7 +5,7 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,8 @@ class Row:
 
     Args:
         config: Configuration file of ``fit``, relative to the file that names it.
-        options: Options of ``fit`` on top, such as ``saliency.ratio: 0.3``; ``{seed}`` and ``{other_seed}`` are filled in.
+        options: Options of ``fit`` on top, such as ``saliency.ratio: 0.3``. Filled in are ``{seed}``, ``{other_seed}``, and the
+            checkpoint of each model that is trained first, as ``{name}``.
     """
 
     config: Path_fr
@@ -32,33 +33,49 @@ class Row:
 
 @dataclass(frozen=True)
 class Cell:
-    """One row and one seed.
+    """One row, one seed and one case.
 
     Attributes:
         row: Name of the row.
         seed: The seed.
+        case: Name of the case; empty if there are none.
         folder: Where everything of this cell lies.
         arguments: What ``fit`` is called with.
         key: Digest of all that determines the outcome; a finished cell with the same key is not run again.
         original: The cell that trains the original model this one starts from.
+        trained: The cell whose model this one only tests.
     """
 
     row: str
     seed: int
+    case: str
     folder: Path
     arguments: tuple[str, ...]
     key: str
     original: "Cell | None" = None
+    trained: "Cell | None" = None
+
+    @property
+    def run(self) -> tuple[int, str]:
+        """Seed and case: what is compared with each other."""
+        return self.seed, self.case
 
     @property
     def command(self) -> str:
-        """The ``fit`` command that repeats this cell."""
-        return shlex.join(["python", "train.py", "fit", *self.arguments])
+        """The command that repeats this cell."""
+        if self.trained is None:
+            return shlex.join(["python", "train.py", "fit", *self.arguments])
+        return shlex.join(["python", "train.py", "test", *self.arguments, "--ckpt_path", str(self.trained.checkpoint)])
 
     @property
     def checkpoint(self) -> Path:
         """The last checkpoint of the run."""
         return self.folder / "checkpoints" / "last.ckpt"
+
+    @property
+    def samples(self) -> Path:
+        """A picture of images that the model generated, a row for each class."""
+        return self.folder / "samples.png"
 
     @property
     def result(self) -> dict[str, Any] | None:
@@ -67,53 +84,83 @@ class Cell:
         return result if result.get("key") == self.key else None
 
 
-def plan(
-    rows: dict[str, Row], seeds: list[int], options: dict[str, Any], out: Path, arguments: Sequence[str] = ()
-) -> dict[tuple[str, int], Cell]:
-    """All cells of a comparison, those that train an original model first.
-
-    A row whose configuration starts from an original model starts from that of its seed: from the cell of the row ``original``.
+@dataclass
+class Plan:
+    """All cells of a comparison.
 
     Args:
-        rows: The rows by name.
-        seeds: The seeds.
-        options: Options of ``fit`` for every row.
         out: The folder of the comparison.
-        arguments: Further arguments of ``fit`` for every row.
-
-    Raises:
-        ValueError: A row starts from an original model, and there is no row called ``original``.
+        options: Options of ``fit`` for every row.
+        arguments: Further arguments of ``fit``, for every row and all that is trained first.
     """
-    cells: dict[tuple[str, int], Cell] = {}
-    for name in sorted(rows, key=lambda name: name != "original"):
-        row = rows[name]
-        for seed in seeds:
-            original = None
-            if name != "original" and _starts_from_original(row):
-                if "original" not in rows:
-                    raise ValueError(f"The row '{name}' starts from an original model, but there is no row 'original'.")
-                original = cells["original", seed]
-            settings = [*_arguments({**options, **row.options}, seed), *arguments]
-            cells[name, seed] = _cell(name, seed, row.config, settings, out, original)
-    return cells
+
+    out: Path
+    options: dict[str, Any]
+    arguments: Sequence[str] = ()
+    first: list[Cell] = field(default_factory=list)
+    cells: list[Cell] = field(default_factory=list)
+
+    def add_first(self, models: Mapping[str, Row]) -> None:
+        """Plan what is trained once, before all else."""
+        for name, row in models.items():
+            self.first.append(self._cell(name, 0, "", row, {}, self.out / slug(name)))
+
+    def add(self, rows: Mapping[str, Row], seeds: Sequence[int], cases: Mapping[str, dict[str, Any]]) -> None:
+        """Plan rows x seeds x cases, those that train an original model first.
+
+        A row whose configuration starts from an original model starts from that of its seed: from the cell of the row
+        ``original``. That one is trained in the first case and tested in all, because it is trained on everything.
+
+        Raises:
+            ValueError: A row starts from an original model, and there is no row called ``original``.
+        """
+        originals: dict[int, Cell] = {}
+        for name in sorted(rows, key=lambda name: name != "original"):
+            starts = name != "original" and _starts_from_original(rows[name])
+            if starts and "original" not in rows:
+                raise ValueError(f"The row '{name}' starts from an original model, but there is no row 'original'.")
+            for seed in seeds:
+                for case, own in (cases or {"": {}}).items():
+                    folder = self.out / slug(name) / "-".join(["seed", str(seed), *([slug(case)] if case else [])])
+                    options = {**self.options, **own}
+                    original = originals.get(seed) if starts else None
+                    trained = originals.get(seed) if name == "original" else None
+                    cell = self._cell(name, seed, case, rows[name], options, folder, original, trained)
+                    self.cells.append(cell)
+                    if name == "original":
+                        originals.setdefault(seed, cell)
+
+    def _cell(
+        self,
+        name: str,
+        seed: int,
+        case: str,
+        row: Row,
+        options: dict[str, Any],
+        folder: Path,
+        original: Cell | None = None,
+        trained: Cell | None = None,
+    ) -> Cell:
+        config = Path(os.path.relpath(row.config.absolute))
+        words = {"seed": str(seed), "other_seed": str(seed + 1000), **{cell.row: str(cell.checkpoint) for cell in self.first}}
+        settings = [*_arguments({**options, **row.options}, words), *self.arguments]
+        places = {"trainer.default_root_dir": str(folder)}
+        if original is not None:
+            places["model.original"] = str(original.checkpoint)
+        needed = [cell.key for cell in (original, trained, *self.first) if cell is not None]
+        outcome = [salun_lightning.__version__, settings, _contents(config), needed]
+        key = hashlib.sha256(json.dumps(outcome).encode()).hexdigest()[:16]
+        arguments = ("--config", str(config), *settings, *_arguments(places, {}))
+        return Cell(name, seed, case, folder, arguments, key, original, trained)
 
 
-def _cell(name: str, seed: int, config_file: Path_fr, settings: list[str], out: Path, original: Cell | None) -> Cell:
-    folder = out / slug(name) / f"seed-{seed}"
-    config = Path(os.path.relpath(config_file.absolute))
-    places = {"trainer.default_root_dir": str(folder)}
-    if original is not None:
-        places["model.original"] = str(original.checkpoint)
-    outcome = [salun_lightning.__version__, settings, _contents(config), original.key if original else None]
-    key = hashlib.sha256(json.dumps(outcome).encode()).hexdigest()[:16]
-    return Cell(name, seed, folder, ("--config", str(config), *settings, *_arguments(places, seed)), key, original)
-
-
-def _arguments(options: dict[str, Any], seed: int) -> list[str]:
+def _arguments(options: Mapping[str, Any], words: Mapping[str, str]) -> list[str]:
     arguments = []
     for option, value in options.items():
         text = value if isinstance(value, str) else json.dumps(value)
-        arguments += [f"--{option}", text.replace("{seed}", str(seed)).replace("{other_seed}", str(seed + 1000))]
+        for word, filling in words.items():
+            text = text.replace("{" + word + "}", filling)
+        arguments += [f"--{option}", text]
     return arguments
 
 

@@ -1,38 +1,58 @@
-"""The table, the figures and the plots of a comparison."""
+"""The table and the figures of a comparison."""
 
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from statistics import fmean, stdev
 from typing import Any
 
-METRICS = ("UA", "RA", "TA", "MIA")
+Results = Mapping[tuple[str, Any], dict[str, Any]]
+"""What each cell measured, by row and run (seed and case)."""
 
-Results = Mapping[tuple[str, int], dict[str, Any]]
+_MEANING = {
+    "UA": "UA: unlearning accuracy in percent, 100 minus the accuracy on what was forgotten.",
+    "entropy": "entropy: of the classifier's answer to images of the forgotten class, in nats.",
+    "acc": "acc: how many generated images of the other classes are recognised, in percent.",
+    "FID": "FID: distance of generated images of the other classes to real ones.",
+}
 
 
-def summarise(results: Results, reference: str) -> dict[str, dict[str, dict[str, float]]]:
-    """Mean, standard deviation and number of seeds of each figure of each row.
-
-    ``gap`` is the mean over UA, RA, TA and MIA of the absolute difference to the reference of the same seed, in percentage
-    points; ``cost`` is the training time as a fraction of the reference's. Both are paired: computed seed by seed, for the
-    seeds that have both, and then averaged.
+@dataclass
+class Table:
+    """What the table is made of.
 
     Args:
-        results: What each cell measured, by row and seed.
         reference: The row that gaps are measured against.
+        noise_floor: The row that repeats the reference with another seed.
+        metrics: The columns, as ``test`` names them.
+        gap: Whether the average gap over them is a column.
+    """
+
+    reference: str = "Retrain"
+    noise_floor: str | None = None
+    metrics: list[str] = field(default_factory=lambda: ["UA", "RA", "TA", "MIA"])
+    gap: bool = True
+
+
+def summarise(results: Results, table: Table) -> dict[str, dict[str, dict[str, float]]]:
+    """Mean, standard deviation and number of runs of each figure of each row.
+
+    ``gap`` is the mean over the metrics of the absolute difference to the reference of the same run; ``cost`` is the training
+    time as a fraction of the reference's. Both are paired: computed run by run, for the runs that have both, and then averaged.
     """
     rows: dict[str, dict[str, list[float]]] = {}
-    for (row, seed), result in results.items():
-        figures = rows.setdefault(row, {name: [] for name in (*METRICS, "gap", "cost")})
-        for name in METRICS:
-            figures[name].append(result["metrics"][name])
-        paired = results.get((reference, seed))
+    for (row, run), result in results.items():
+        figures = rows.setdefault(row, {name: [] for name in (*table.metrics, "gap", "cost")})
+        for name in table.metrics:
+            if name in result["metrics"]:
+                figures[name].append(result["metrics"][name])
+        paired = results.get((table.reference, run))
         if paired is not None:
-            figures["gap"].append(average_gap(result["metrics"], paired["metrics"]))
             figures["cost"].append(result["seconds"] / paired["seconds"])
+            if table.gap:
+                figures["gap"].append(average_gap(result["metrics"], paired["metrics"], table.metrics))
     return {
         row: {
-            name: {"mean": fmean(values), "std": stdev(values) if len(values) > 1 else 0.0, "seeds": len(values)}
+            name: {"mean": fmean(values), "std": stdev(values) if len(values) > 1 else 0.0, "runs": len(values)}
             for name, values in figures.items()
             if values
         }
@@ -40,134 +60,89 @@ def summarise(results: Results, reference: str) -> dict[str, dict[str, dict[str,
     }
 
 
-def average_gap(metrics: Mapping[str, float], reference: Mapping[str, float]) -> float:
-    """Mean absolute difference of UA, RA, TA and MIA, in percentage points (Fan et al., ICLR 2024).
+def average_gap(metrics: Mapping[str, float], reference: Mapping[str, float], names: list[str]) -> float:
+    """Mean absolute difference, for UA, RA, TA and MIA in percentage points (Fan et al., ICLR 2024).
 
     Example:
-        >>> average_gap({"UA": 1, "RA": 100, "TA": 98, "MIA": 4}, {"UA": 3, "RA": 100, "TA": 99, "MIA": 5})
+        >>> average_gap({"UA": 1, "RA": 100}, {"UA": 3, "RA": 100}, ["UA", "RA"])
         1.0
     """
-    return fmean(abs(metrics[name] - reference[name]) for name in METRICS)
+    return fmean(abs(metrics[name] - reference[name]) for name in names)
 
 
-def markdown(summary: Mapping[str, Any], results: Results, reference: str, noise_floor: str | None) -> str:
-    """The table, and the ``fit`` command behind each row."""
-    seeds = sorted({seed for _, seed in results})
-    lines = [
-        "| | UA | RA | TA | MIA | avg. gap | run time |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
+def markdown(summary: Mapping[str, Any], results: Results, table: Table, first: Mapping[str, Any] | None = None) -> str:
+    """The table, what it says, and the command behind each row.
+
+    Args:
+        summary: What :func:`summarise` returned.
+        results: What each cell measured.
+        table: What the table is made of.
+        first: What was measured of the models that were trained first, by name.
+    """
+    columns = [*table.metrics, *(["avg. gap"] if table.gap else []), "run time"]
+    lines = ["| | " + " | ".join(columns) + " |", "| --- " * (len(columns) + 1) + "|"]
     for row, figures in summary.items():
-        name = f"{row} (noise floor)" if row == noise_floor else row
-        gap = "0" if row == reference else _cell(figures, "gap", 2)
-        cells = [*(_cell(figures, metric, 2) for metric in METRICS), gap, _cell(figures, "cost", 3)]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    lines += [
-        "",
-        f"Mean ± standard deviation over the seeds {', '.join(map(str, seeds))}, in percent (avg. gap: percentage points).",
-        f"The closer to {reference}, the better. avg. gap: mean absolute difference of UA, RA, TA and MIA to the {reference}"
-        f" model of the same split and seed. Run time: as a fraction of {reference}'s, the saliency pass included.",
-    ]
-    if noise_floor in summary:
-        lines.append(
-            f"The noise floor is how far a second {reference} model, which differs in its seed only, is from the first: a gap"
-            " below it says nothing."
-        )
-    lines += ["", f"One row again by itself (seed {seeds[0]}):", ""]
-    for (row, seed), result in results.items():
-        if seed == seeds[0]:
-            lines.append(f"- {row}: `{result['command']}`")
+        name = f"{row} (noise floor)" if row == table.noise_floor else row
+        cells = [_cell(figures, metric, 2) for metric in table.metrics]
+        if table.gap:
+            cells.append("0" if row == table.reference else _cell(figures, "gap", 2))
+        lines.append(f"| {name} | {' | '.join([*cells, _cell(figures, 'cost', 3)])} |")
+    lines += ["", *_caption(summary, results, table, first or {})]
+    one = next(iter(results), ("", None))[1]
+    lines += ["", f"One row again by itself ({_run_name(results, one)}):", ""]
+    lines += [f"- {row}: `{result['command']}`" for (row, run), result in results.items() if run == one]
     return "\n".join(lines) + "\n"
+
+
+def _caption(summary: Mapping[str, Any], results: Results, table: Table, first: Mapping[str, Any]) -> list[str]:
+    seeds = sorted({result["seed"] for result in results.values()})
+    cases = list(dict.fromkeys(result["case"] for result in results.values() if result.get("case")))
+    over = f"the seeds {', '.join(map(str, seeds))}" + (f" and the cases {', '.join(cases)}" if cases else "")
+    lines = [f"Mean ± standard deviation over {over}" + (", in percent (avg. gap: percentage points)." if table.gap else ".")]
+    lines += [_MEANING[name] for name in table.metrics if name in _MEANING and not table.gap]
+    if table.gap:
+        lines.append(
+            f"The closer to {table.reference}, the better. avg. gap: mean absolute difference of"
+            f" {', '.join(table.metrics[:-1])} and {table.metrics[-1]} to the {table.reference} model of the same split and seed."
+        )
+    lines += _compared_images(results)
+    lines += [
+        f"The model called {name}: TA {result['metrics']['TA']:.2f} (accuracy on the test set, in percent)."
+        for name, result in first.items()
+        if "TA" in result["metrics"]
+    ]
+    lines.append(f"Run time: as a fraction of {table.reference}'s, the saliency pass included.")
+    if table.noise_floor in summary:
+        lines.append(
+            f"The noise floor is how far a second {table.reference} model, which differs in its seed only, is from the first: a"
+            " gap below it says nothing."
+        )
+    return lines
+
+
+def _compared_images(results: Results) -> list[str]:
+    """How many images the FID of each row is of, which must be as many in all rows of a run."""
+    lines = []
+    by_run: dict[Any, set[tuple[float, float, str]]] = {}
+    for (_, run), result in results.items():
+        if "num_generated" in result["metrics"]:
+            counts = result["metrics"]["num_generated"], result["metrics"]["num_real"]
+            by_run.setdefault(run, set()).add((*counts, result["features"]))
+    if any(len(entries) > 1 for entries in by_run.values()):
+        lines.append("Rows were measured with different numbers of images or features: their FID cannot be compared.")
+    for generated, real, features in sorted({entry for counts in by_run.values() for entry in counts}):
+        lines.append(f"FID of {generated:.0f} generated images against {real:.0f} of the training set, features: {features}.")
+    return lines
+
+
+def _run_name(results: Results, run: Any) -> str:
+    for (_, other), result in results.items():
+        if other == run:
+            return f"seed {result['seed']}" + (f", {result['case']}" if result.get("case") else "")
+    return "none was run"
 
 
 def _cell(figures: Mapping[str, Any], name: str, digits: int) -> str:
     if name not in figures:
         return "-"
     return f"{figures[name]['mean']:.{digits}f} ± {figures[name]['std']:.{digits}f}"
-
-
-def plot(summary: Mapping[str, Any], results: Results, reference: str, noise_floor: str | None, out: Path) -> list[Path]:
-    """Draw the comparison; returns the files that were written."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    drawings: dict[str, Callable[[Any], None]] = {
-        "comparison.png": lambda plt: _draw_metrics(plt, summary, results, reference, noise_floor),
-        "confidence.png": lambda plt: _draw_confidence(plt, results, reference, noise_floor),
-    }
-    if any("mask_density" in result for result in results.values()):
-        drawings["mask.png"] = lambda plt: _draw_masks(plt, results)
-    from matplotlib import pyplot as plt
-
-    paths = []
-    for name, draw in drawings.items():
-        draw(plt)
-        plt.savefig(out / name, dpi=130, bbox_inches="tight")
-        plt.close()
-        paths.append(out / name)
-    return paths
-
-
-def _draw_metrics(plt: Any, summary: Mapping[str, Any], results: Results, reference: str, noise_floor: str | None) -> None:
-    rows = [row for row in summary if row not in (reference, noise_floor)]
-    _, axes = plt.subplots(1, 5, figsize=(15, 0.55 * len(rows) + 1.6), sharey=True)
-    colours = {row: f"C{i}" for i, row in enumerate(rows)}
-    for axis, name in zip(axes, (*METRICS, "gap"), strict=True):
-        for y, row in enumerate(rows):
-            if name not in summary[row]:
-                continue
-            points = [
-                average_gap(result["metrics"], results[reference, seed]["metrics"])
-                if name == "gap"
-                else result["metrics"][name]
-                for (other, seed), result in results.items()
-                if other == row and (name != "gap" or (reference, seed) in results)
-            ]
-            axis.plot(points, [y] * len(points), "o", color=colours[row], alpha=0.35, markersize=6)
-            axis.plot(summary[row][name]["mean"], y, "D", color=colours[row], markersize=7)
-        axis.grid(axis="x", alpha=0.3)
-        axis.set_title("avg. gap (lower is better)" if name == "gap" else f"{name}  [%]", fontsize=11)
-        mark = summary.get(noise_floor or "", {}).get("gap") if name == "gap" else summary.get(reference, {}).get(name)
-        if mark:
-            label = "noise floor" if name == "gap" else reference
-            axis.axvline(mark["mean"], color="black", linewidth=1, label=label)
-            axis.axvspan(mark["mean"] - mark["std"], mark["mean"] + mark["std"], color="black", alpha=0.1)
-            axis.legend(fontsize=8, loc="best")
-        if name == "gap":
-            axis.set_xlim(left=0)
-    axes[0].set_yticks(range(len(rows)), rows)
-    axes[0].invert_yaxis()
-
-
-def _draw_confidence(plt: Any, results: Results, reference: str, noise_floor: str | None) -> None:
-    """How sure the models are of what they were to forget: 1 - p, because all that differs lies close to p = 1."""
-    _, axis = plt.subplots(figsize=(7, 4.5))
-    rows = dict.fromkeys(row for row, _ in results if row != noise_floor)
-    for row in rows:
-        doubts = sorted(
-            max(1 - p, 1e-7) for (other, _), result in results.items() if other == row for p in result["forget_confidence"]
-        )
-        heights = [(i + 1) / len(doubts) for i in range(len(doubts))]
-        style = {"color": "black", "linewidth": 2.5} if row == reference else {"linewidth": 1.3}
-        axis.step(doubts, heights, where="post", label=row, **style)
-    axis.set_xscale("log")
-    axis.set_xlabel("1 - probability of the true class, on the forget set")
-    axis.set_ylabel("fraction of the forget set at most as unsure")
-    axis.set_title(f"Forgetting as if never seen: the closer to {reference}, the better", fontsize=11)
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=9)
-
-
-def _draw_masks(plt: Any, results: Results) -> None:
-    """Where in the network the weights lie that may move."""
-    masked = {row: result["mask_density"] for (row, _), result in results.items() if "mask_density" in result}
-    layers = list(next(iter(masked.values())))
-    _, axis = plt.subplots(figsize=(max(6, 0.28 * len(layers)), 4))
-    for i, (row, density) in enumerate(masked.items()):
-        width = 0.8 / len(masked)
-        axis.bar([x + i * width for x in range(len(layers))], [density[layer] for layer in layers], width, label=row)
-    axis.set_xticks([x + 0.4 - 0.4 / len(masked) for x in range(len(layers))], layers, rotation=90, fontsize=7)
-    axis.set_ylabel("fraction of the weights that may move")
-    axis.set_title("Saliency mask by layer, input to output (last seed)", fontsize=11)
-    axis.grid(axis="y", alpha=0.3)
-    axis.legend(fontsize=9, loc="lower left", framealpha=1)

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
-from salun_lightning.data.forget import ForgetRequest
+from salun_lightning.data.forget import ForgetClasses, ForgetRequest
 from salun_lightning.data.order import FixedOrder, Order, TrainingOrder, run_seed
-from salun_lightning.data.samples import ImageTensors, SampleBatches, Transform
+from salun_lightning.data.samples import ImageRequests, ImageTensors, SampleBatches, Transform
 
 
 class Sources(NamedTuple):
@@ -50,6 +50,9 @@ class ForgetRetainDataModule(LightningDataModule):
         batch_size: Samples a batch, on each process.
         order: How training interleaves the two sets, see ``TrainingOrder``; by default as the module's method was published.
         num_workers: Loader processes, for datasets that are not held in memory.
+        generated_per_class: For generative models: how many images of each class ``test`` and ``predict`` ask for. A loader
+            ``generated`` then brings the requests (batches of ``Requested``).
+        generated_classes: Of which classes, by name or number; by default of all.
 
     Raises:
         ValueError: The request cannot be met, or leaves nothing to forget or nothing to retain.
@@ -60,6 +63,9 @@ class ForgetRetainDataModule(LightningDataModule):
 
     retain_indices: Tensor
     """Positions of the retain set in the training data, ascending int64; after ``setup``."""
+
+    forgotten_classes: list[int]
+    """The classes that are forgotten whole; after ``setup``."""
 
     def __init__(
         self,
@@ -75,12 +81,16 @@ class ForgetRetainDataModule(LightningDataModule):
         batch_size: int = 256,
         order: Order | None = None,
         num_workers: int = 0,
+        generated_per_class: int = 0,
+        generated_classes: list[int | str] | int | str | None = None,
     ) -> None:
         super().__init__()
         if not 0 <= val_fraction < 1:
             raise ValueError(f"val_fraction must be at least 0 and below 1, got {val_fraction}.")
         if batch_size < 1:
             raise ValueError(f"batch_size must be positive, got {batch_size}.")
+        if generated_per_class < 0:
+            raise ValueError(f"generated_per_class must not be negative, got {generated_per_class}.")
         self.forget = forget
         self.given = Sources(train, test, class_names)
         self.targets = targets
@@ -91,6 +101,8 @@ class ForgetRetainDataModule(LightningDataModule):
         self.batch_size = batch_size
         self.order = order
         self.num_workers = num_workers
+        self.generated_per_class = generated_per_class
+        self.generated_classes = generated_classes
         self._ready = False
 
     def load(self) -> Sources:
@@ -119,7 +131,10 @@ class ForgetRetainDataModule(LightningDataModule):
                     f"The {name} set is empty: the request selects {len(self.forget_indices)} of {len(trained)} training"
                     " images."
                 )
-        gone = torch.isin(test_targets, torch.tensor(self.forget.classes(self.class_names)))
+        self.forgotten_classes = self.forget.classes(self.class_names)
+        gone = torch.isin(test_targets, torch.tensor(self.forgotten_classes))
+        wanted = range(self.num_classes) if self.generated_classes is None else self._numbers(self.generated_classes)
+        self._requests = ImageRequests(wanted, self.generated_per_class)
         self._sets = {
             "forget": (train, self.forget_indices),
             "retain": (train, self.retain_indices),
@@ -128,6 +143,9 @@ class ForgetRetainDataModule(LightningDataModule):
             "test_forget": (test, gone.nonzero().flatten()),
         }
         self._ready = True
+
+    def _numbers(self, names: list[int | str] | int | str) -> list[int]:
+        return ForgetClasses(names).classes(self.class_names)
 
     def _split_validation(self) -> tuple[Tensor, Tensor]:
         draw = np.random.RandomState(self.split_seed)  # its stream is frozen for good
@@ -229,11 +247,11 @@ class ForgetRetainDataModule(LightningDataModule):
 
     @override
     def test_dataloader(self) -> dict[str, DataLoader[Any]]:
-        return self._evaluation(*self._sets)
+        return self._evaluation(*self._sets) | self._generated()
 
     @override
     def predict_dataloader(self) -> dict[str, DataLoader[Any]]:
-        return self._evaluation(*self._sets)
+        return self._generated() or self._evaluation(*self._sets)
 
     def _evaluation(self, *names: str) -> dict[str, DataLoader[Any]]:
         loaders = {}
@@ -243,6 +261,12 @@ class ForgetRetainDataModule(LightningDataModule):
                 sampler = FixedOrder(positions, self.batch_size, *self._replicas())
                 loaders[name] = self._loader(SampleBatches(source, self.eval_transform), sampler)
         return loaders
+
+    def _generated(self) -> dict[str, DataLoader[Any]]:
+        if not len(self._requests):
+            return {}
+        sampler = FixedOrder(torch.arange(len(self._requests)), self.batch_size, *self._replicas())
+        return {"generated": DataLoader(self._requests, sampler=sampler, batch_size=None)}
 
     def _replicas(self) -> tuple[int, int]:
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer is not None else (1, 0)

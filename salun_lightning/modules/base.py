@@ -4,6 +4,7 @@ import os
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from copy import deepcopy
 from typing import Any, Literal
 
 import numpy as np
@@ -16,7 +17,9 @@ from typing_extensions import override
 
 from salun_lightning.data import ForgetRetainDataModule, Order, Samples, epoch_seed, run_seed
 from salun_lightning.methods import FineTune, Method
-from salun_lightning.modules.loading import load_weights, read_checkpoint
+from salun_lightning.networks.loading import load_weights, read_checkpoint
+
+SETS = ("forget", "retain", "val", "test", "test_forget")
 
 
 class UnlearningModule(LightningModule, ABC):
@@ -28,8 +31,9 @@ class UnlearningModule(LightningModule, ABC):
     Args:
         network: The network.
         method: How it is trained: ``FineTune`` for the original and the retrained model, else a method of forgetting.
-        original: Checkpoint of the original model to start from; None starts from the network as it is. (Lightning's
-            ``ckpt_path`` also restores the optimizer and the epoch: it resumes or tests a run, and takes precedence.)
+        original: The original model to start from: a checkpoint, or a pipeline directory of diffusers. None starts from the
+            network as it is. (Lightning's ``ckpt_path`` also restores the optimizer and the epoch: it resumes or tests a run,
+            and takes precedence.)
         optimizer: Makes the optimizer from the parameters.
         lr_scheduler: Makes the learning-rate scheduler from the optimizer.
         lr_interval: Whether the scheduler steps each epoch or each optimizer step.
@@ -52,6 +56,7 @@ class UnlearningModule(LightningModule, ABC):
         self.make_lr_scheduler = lr_scheduler
         self.lr_interval = lr_interval
         self._started = False
+        self._reference: list[nn.Module] = []  # in a list, so that it is neither a part of this module nor saved with it
 
     @abstractmethod
     def task_loss(self, samples: Samples) -> Tensor:
@@ -67,9 +72,14 @@ class UnlearningModule(LightningModule, ABC):
         return self.method.order
 
     @property
+    def datamodule(self) -> Any:
+        """The datamodule that is trained or tested with."""
+        return self.trainer.datamodule  # type: ignore[attr-defined]
+
+    @property
     def num_classes(self) -> int:
         """The number of classes, as the datamodule has it."""
-        number: int | None = getattr(self.trainer.datamodule, "num_classes", None)  # type: ignore[attr-defined]
+        number: int | None = getattr(self.datamodule, "num_classes", None)
         if number is None:
             raise MisconfigurationException("The number of classes is not known: give the datamodule an attribute num_classes.")
         return number
@@ -78,6 +88,21 @@ class UnlearningModule(LightningModule, ABC):
     def setup(self, stage: str) -> None:
         if stage == "fit":  # before the strategy wraps or shards the network; a resumed run restores its own weights later
             self._start()
+            if self.method.needs_original:
+                self._reference = [deepcopy(self.network).eval().requires_grad_(False)]
+
+    @property
+    def reference(self) -> nn.Module:
+        """The original network: a frozen copy in eval mode, kept while training by a method that needs it.
+
+        Raises:
+            MisconfigurationException: The method does not, or nothing is trained.
+        """
+        if not self._reference:
+            raise MisconfigurationException(
+                "There is no original model to refer to: only methods with needs_original keep one."
+            )
+        return self._reference[0]
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -100,12 +125,22 @@ class UnlearningModule(LightningModule, ABC):
         if self.original is None or self._started:
             return
         checkpoint = read_checkpoint(self.original)
-        datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
+        datamodule = self.datamodule
         for part in checkpoint.values():  # one of them may be the state of the datamodule, under the name of its class
             if isinstance(datamodule, ForgetRetainDataModule) and isinstance(part, Mapping) and "training_set" in part:
                 datamodule.check_training_set(part)
         load_weights(self.network, checkpoint)
         self._started = True
+
+    @override
+    def on_train_start(self) -> None:
+        for reference in self._reference:  # to the device and precision of training
+            reference.to(next(self.network.parameters()))
+        self.method.start(self)
+
+    @override
+    def on_fit_end(self) -> None:
+        self._reference = []
 
     @override
     def on_train_epoch_start(self) -> None:
@@ -130,3 +165,17 @@ class UnlearningModule(LightningModule, ABC):
         monitor = getattr(scheduler, "monitor", None)  # of Lightning's ReduceLROnPlateau
         how = {"scheduler": scheduler, "interval": self.lr_interval, "monitor": monitor}
         return {"optimizer": optimizer, "lr_scheduler": how}
+
+
+def set_name(module: LightningModule, loaders: Any, number: int) -> str:
+    """Which set an evaluation loader holds.
+
+    Raises:
+        MisconfigurationException: The loaders are not a dictionary by set.
+    """
+    if not isinstance(loaders, Mapping) or not set(loaders) <= {*SETS, "generated"}:
+        raise MisconfigurationException(
+            f"{type(module).__name__} tells the evaluation sets apart by name: give a dictionary of loaders called"
+            f" {', '.join(SETS)}, as ForgetRetainDataModule does."
+        )
+    return str(list(loaders)[number])

@@ -1,10 +1,8 @@
 """Image classifiers."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn import functional
 from torchmetrics import MeanMetric
@@ -13,9 +11,8 @@ from typing_extensions import override
 from salun_lightning.data import Samples
 from salun_lightning.metrics import MembershipInference
 from salun_lightning.metrics.membership import Group
-from salun_lightning.modules.base import UnlearningModule
+from salun_lightning.modules.base import SETS, UnlearningModule, set_name
 
-_SETS = ("forget", "retain", "val", "test", "test_forget")
 _GROUPS: dict[str, Group] = {"retain": "member", "test": "nonmember", "forget": "forget"}
 
 
@@ -42,7 +39,7 @@ class ImageClassifier(UnlearningModule):
         super().__init__(network, **kwargs)
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.network.to(memory_format=self.memory_format)
-        self.accuracy = nn.ModuleDict({name: MeanMetric() for name in _SETS})
+        self.accuracy = nn.ModuleDict({name: MeanMetric() for name in SETS})
         self.mia = MembershipInference()
 
     @override
@@ -58,7 +55,7 @@ class ImageClassifier(UnlearningModule):
 
     @override
     def validation_step(self, samples: Samples, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._count("val", _name(self.trainer.val_dataloaders, dataloader_idx), self(samples.inputs), samples)
+        self._count("val", set_name(self, self.trainer.val_dataloaders, dataloader_idx), self(samples.inputs), samples)
 
     @override
     def on_test_epoch_start(self) -> None:
@@ -66,7 +63,7 @@ class ImageClassifier(UnlearningModule):
 
     @override
     def test_step(self, samples: Samples, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
-        prediction = self.predicted(_name(self.trainer.test_dataloaders, dataloader_idx), samples)
+        prediction = self.predicted(set_name(self, self.trainer.test_dataloaders, dataloader_idx), samples)
         name = prediction["set"]
         self._count("test", name, prediction["probabilities"], samples)
         if name in _GROUPS:
@@ -91,7 +88,7 @@ class ImageClassifier(UnlearningModule):
 
     @override
     def predict_step(self, samples: Samples, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
-        return self.predicted(_name(self.trainer.predict_dataloaders, dataloader_idx), samples)
+        return self.predicted(set_name(self, self.trainer.predict_dataloaders, dataloader_idx), samples)
 
     def predicted(self, name: str, samples: Samples) -> dict[str, Any]:
         """Class probabilities of the samples of one set.
@@ -101,13 +98,3 @@ class ImageClassifier(UnlearningModule):
         """
         probabilities = self(samples.inputs).float().softmax(1)
         return {"set": name, "index": samples.indices, "target": samples.targets, "probabilities": probabilities}
-
-
-def _name(loaders: Any, number: int) -> str:
-    """Which set an evaluation loader holds."""
-    if not isinstance(loaders, Mapping) or not set(loaders) <= set(_SETS):
-        raise MisconfigurationException(
-            f"ImageClassifier tells the evaluation sets apart by name: give a dictionary of loaders called {', '.join(_SETS)},"
-            " as ForgetRetainDataModule does."
-        )
-    return str(list(loaders)[number])

@@ -28,6 +28,7 @@ def saliency_scores(
     *,
     seed: int = 0,
     strategy: Strategy | None = None,
+    loss: Callable[[Any], Tensor] | None = None,
 ) -> dict[str, Tensor]:
     r"""Score every trainable weight by what the forget set says about it.
 
@@ -39,12 +40,12 @@ def saliency_scores(
     - ``magnitude``: :math:`|\theta|`, which does not look at the data.
     - ``random``: uniform numbers, the control.
 
-    The forget loss is ``module.forget_loss`` where the module has one, else what ``module.training_step`` returns or, under
-    manual optimization, what its optimizers would have stepped with. Of batches that are dictionaries with the parts ``forget``
-    and ``retain`` only the former counts: ``forget_loss`` is handed that part, ``training_step`` a dictionary of that part
-    alone. A loss is taken as a mean over its batch and counts as many times as the batch has samples, so the batch size does
-    not matter. The network runs in eval mode and without autocast. Gradients, logged values, metrics, random state, train/eval
-    mode and buffers are left as they were found.
+    The forget loss is ``loss``, or else ``module.forget_loss`` where the module has one, or else what ``module.training_step``
+    returns or, under manual optimization, what its optimizers would have stepped with. Of batches that are dictionaries with
+    the parts ``forget`` and ``retain`` only the former counts: a loss is handed that part, ``training_step`` a dictionary of
+    that part alone. A loss is taken as a mean over its batch and counts as many times as the batch has samples, so the batch
+    size does not matter. The network runs in eval mode and without autocast. Gradients, logged values, metrics, random state,
+    train/eval mode and buffers are left as they were found.
 
     One pass serves any number of ratios: hand the result to :meth:`SaliencyMask.from_scores` once for each.
 
@@ -55,6 +56,7 @@ def saliency_scores(
         score: Which score.
         seed: Seed of the ``random`` score.
         strategy: The strategy the module runs under; None for a module in this process, on its own device.
+        loss: Scores another loss than the module's, a mean over its batch.
 
     Returns:
         A non-negative tensor of each weight's shape, at least float32, by plain weight name; the same on all ranks
@@ -70,12 +72,13 @@ def saliency_scores(
         return {name: torch.rand(weight.shape, generator=generator) for name, weight in weights.items()}
     if score == "magnitude":
         return {name: _at_least_float32(weight.detach()).abs() for name, weight in weights.items()}
+    forget_loss = loss or getattr(module, "forget_loss", None)
     sums = _Sums(weights, squared=score == "fisher")
     with undisturbed(module), torch.enable_grad():
         for batch, share in _shares(batches, sums.squared, strategy):
             ready = _ready(module, batch, strategy)
             backward = partial(_backward, module, strategy, share * extract_batch_size(ready))
-            _accumulate(module, ready, backward, sums, strategy)
+            _accumulate(module, forget_loss, ready, backward, sums, strategy)
             sums.harvest(weights.values(), eagerly=False)
         sums.harvest(weights.values())
     scores = {}
@@ -193,13 +196,19 @@ def _backward(module: LightningModule, strategy: Strategy | None, weight: float,
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
 
-def _accumulate(module: LightningModule, batch: Any, backward: Backward, sums: _Sums, strategy: Strategy | None) -> None:
+def _accumulate(
+    module: LightningModule,
+    forget_loss: Callable[[Any], Tensor] | None,
+    batch: Any,
+    backward: Backward,
+    sums: _Sums,
+    strategy: Strategy | None,
+) -> None:
     """Add the gradient of one batch, summed over its samples."""
     context: AbstractContextManager[Any] = nullcontext()
     # autocast would make the mask depend on the training precision
     if strategy is not None and not isinstance(strategy.precision_plugin, MixedPrecision):
         context = strategy.precision_plugin.forward_context()
-    forget_loss: Callable[[Any], Tensor] | None = getattr(module, "forget_loss", None)
     if forget_loss is None and not module.automatic_optimization:
         with manual_optimization(module, backward, sums.harvest), context:
             _training_step(module, batch)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from salun_lightning.data import DigitsDataModule, ForgetClasses, ForgetRandom
 from salun_lightning.methods import FineTune, GradientAscent, RandomLabel
 from salun_lightning.modules import ImageClassifier
-from salun_lightning.modules.loading import load_weights, read_checkpoint
 from salun_lightning.networks import SmallResNet
+from salun_lightning.networks.loading import load_weights, read_checkpoint
 from salun_lightning.saliency import SaliencyMasking
 from tests.modules.small_runs import classifier, digits, same, train_original, trainer, weights
 

@@ -9,17 +9,22 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from salun_lightning.networks.pipeline import check_architecture, read_pipeline
 from salun_lightning.saliency.weights import plain_name
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a Lightning checkpoint, a ``state_dict`` or a safetensors file, on the CPU. No pickle is executed.
+    """Read a Lightning checkpoint, a ``state_dict``, a safetensors file or a pipeline directory of diffusers, on the CPU.
+
+    No pickle is executed.
 
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: The file is damaged, or would need code to be executed.
     """
     path = Path(path)
+    if path.is_dir():
+        return read_pipeline(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no original model at '{path}'. Train it first, or give the path of its checkpoint.")
     try:
@@ -41,8 +46,10 @@ def load_weights(network: nn.Module, checkpoint: Mapping[str, Any]) -> None:
         checkpoint: What :func:`read_checkpoint` returned.
 
     Raises:
-        ValueError: A name is missing or unknown, or a shape differs.
+        ValueError: A name is missing or unknown, or a shape or the architecture differs.
     """
+    if "config" in checkpoint:
+        check_architecture(network, checkpoint["config"])
     state: Mapping[str, Tensor] = checkpoint.get("state_dict", checkpoint)
     given = {plain_name(name): tensor for name, tensor in state.items()}
     wanted = {plain_name(name): name for name in network.state_dict()}

@@ -1,0 +1,132 @@
+"""The plots of a comparison."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from salun_lightning.comparison.plan import Cell, slug
+from salun_lightning.comparison.report import Results, Table, average_gap
+
+_PERCENT = {"UA", "RA", "TA", "MIA", "acc"}
+
+
+def plot(summary: Mapping[str, Any], results: Results, table: Table, out: Path) -> list[Path]:
+    """Draw the comparison; returns the files that were written."""
+    drawings = {"comparison.png": lambda plt: _draw_metrics(plt, summary, results, table)}
+    if any(result.get("forget_confidence") for result in results.values()):
+        drawings["confidence.png"] = lambda plt: _draw_confidence(plt, results, table)
+    if any("mask_density" in result for result in results.values()):
+        drawings["mask.png"] = lambda plt: _draw_masks(plt, results)
+    return _drawn(drawings, out)
+
+
+def plot_samples(cells: Sequence[Cell], out: Path) -> list[Path]:
+    """Draw what the models generate from the same noise, side by side, for the first seed; returns the files."""
+    drawings = {}
+    for case in dict.fromkeys(cell.case for cell in cells):
+        seed = min(cell.seed for cell in cells if cell.case == case)
+        shown = [cell for cell in cells if cell.run == (seed, case) and cell.samples.is_file()]
+        if shown:
+            name = f"samples-{slug(case)}.png" if case else "samples.png"
+            drawings[name] = lambda plt, shown=shown: _draw_samples(plt, shown)
+    return _drawn(drawings, out)
+
+
+def _drawn(drawings: Mapping[str, Callable[[Any], None]], out: Path) -> list[Path]:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    paths = []
+    for name, draw in drawings.items():
+        draw(plt)
+        plt.savefig(out / name, dpi=130, bbox_inches="tight")
+        plt.close()
+        paths.append(out / name)
+    return paths
+
+
+def _draw_metrics(plt: Any, summary: Mapping[str, Any], results: Results, table: Table) -> None:
+    reference, noise_floor = table.reference, table.noise_floor
+    rows = [row for row in summary if row not in (reference, noise_floor)]
+    names = [*table.metrics, *(["gap"] if table.gap else [])]
+    _, axes = plt.subplots(1, len(names), figsize=(3 * len(names), 0.55 * len(rows) + 1.6), sharey=True)
+    colours = {row: f"C{i}" for i, row in enumerate(rows)}
+    for axis, name in zip(axes, names, strict=True):
+        for y, row in enumerate(rows):
+            if name not in summary[row]:
+                continue
+            points = [
+                average_gap(result["metrics"], results[reference, run]["metrics"], table.metrics)
+                if name == "gap"
+                else result["metrics"][name]
+                for (other, run), result in results.items()
+                if other == row and ((reference, run) in results if name == "gap" else name in result["metrics"])
+            ]
+            axis.plot(points, [y] * len(points), "o", color=colours[row], alpha=0.35, markersize=6)
+            axis.plot(summary[row][name]["mean"], y, "D", color=colours[row], markersize=7)
+        axis.grid(axis="x", alpha=0.3)
+        axis.set_title(
+            "avg. gap (lower is better)" if name == "gap" else f"{name}  [%]" if name in _PERCENT else name, fontsize=11
+        )
+        mark = summary.get(noise_floor or "", {}).get("gap") if name == "gap" else summary.get(reference, {}).get(name)
+        if mark:
+            label = "noise floor" if name == "gap" else reference
+            axis.axvline(mark["mean"], color="black", linewidth=1, label=label)
+            axis.axvspan(mark["mean"] - mark["std"], mark["mean"] + mark["std"], color="black", alpha=0.1)
+            axis.legend(fontsize=8, loc="best")
+        if name == "gap":
+            axis.set_xlim(left=0)
+    axes[0].set_yticks(range(len(rows)), rows)
+    axes[0].invert_yaxis()
+
+
+def _draw_confidence(plt: Any, results: Results, table: Table) -> None:
+    """How sure the models are of what they were to forget: 1 - p, because all that differs lies close to p = 1."""
+    _, axis = plt.subplots(figsize=(7, 4.5))
+    rows = dict.fromkeys(row for row, _ in results if row != table.noise_floor)
+    for row in rows:
+        doubts = sorted(
+            max(1 - p, 1e-7) for (other, _), result in results.items() if other == row for p in result["forget_confidence"]
+        )
+        heights = [(i + 1) / len(doubts) for i in range(len(doubts))]
+        style = {"color": "black", "linewidth": 2.5} if row == table.reference else {"linewidth": 1.3}
+        axis.step(doubts, heights, where="post", label=row, **style)
+    axis.set_xscale("log")
+    axis.set_xlabel("1 - probability of the true class, on the forget set")
+    axis.set_ylabel("fraction of the forget set at most as unsure")
+    axis.set_title(f"Forgetting as if never seen: the closer to {table.reference}, the better", fontsize=11)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=9)
+
+
+def _draw_masks(plt: Any, results: Results) -> None:
+    """Where in the network the weights lie that may move."""
+    masked = {row: result["mask_density"] for (row, _), result in results.items() if "mask_density" in result}
+    layers = list(next(iter(masked.values())))
+    _, axis = plt.subplots(figsize=(max(6, 0.28 * len(layers)), 4))
+    for i, (row, density) in enumerate(masked.items()):
+        width = 0.8 / len(masked)
+        axis.bar([x + i * width for x in range(len(layers))], [density[layer] for layer in layers], width, label=row)
+    axis.set_xticks([x + 0.4 - 0.4 / len(masked) for x in range(len(layers))], layers, rotation=90, fontsize=7)
+    axis.set_ylabel("fraction of the weights that may move")
+    axis.set_title("Saliency mask by layer, input to output (last seed)", fontsize=11)
+    axis.grid(axis="y", alpha=0.3)
+    axis.legend(fontsize=9, loc="lower left", framealpha=1)
+
+
+def _draw_samples(plt: Any, cells: Sequence[Cell]) -> None:
+    """A column for each model, a row for each class; the same place is the same noise."""
+    results = [cell.result or {} for cell in cells]
+    names = results[0]["sampled_classes"]
+    _, axes = plt.subplots(1, len(cells), figsize=(2.2 * len(cells), 0.29 * len(names) + 0.6), squeeze=False)
+    for axis, cell, result in zip(axes[0], cells, results, strict=True):
+        axis.imshow(plt.imread(cell.samples), cmap="gray", interpolation="nearest", aspect="auto")
+        axis.set_title(cell.row, fontsize=10)
+        height = plt.imread(cell.samples).shape[0] / len(names)
+        accuracies = [result["metrics"].get(f"acc/{name}") for name in names]
+        labels = [name if value is None else f"{name}  {value:.0f}" for name, value in zip(names, accuracies, strict=True)]
+        axis.set_yticks([(i + 0.5) * height - 0.5 for i in range(len(names))], labels, fontsize=7)
+        axis.set_xticks([])
+    axes[0][0].set_ylabel("class, and how many per cent are recognised", fontsize=8)

@@ -1,0 +1,74 @@
+"""Remap: answer for a forgotten class as for another one. With a saliency mask, this is SalUn for diffusion models."""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from typing_extensions import override
+
+from salun_lightning.data import Order, Samples
+from salun_lightning.methods.base import Method, Trainee
+
+
+class Remap(Method):
+    r"""What SalUn trains a diffusion model with, the counterpart of random labels (Fan et al., ICLR 2024, section 4).
+
+    .. math::
+        \min_\theta E_{D_f, t, \epsilon} \| \epsilon_\theta(x_t | c) - \epsilon_{\theta_o}(x_t | c') \|^2
+        + \alpha E_{D_r} \ell, \quad c' \neq c
+
+    Both terms are means over all elements of the prediction, so ``alpha`` weighs like against like. (The released code sums
+    the second one over an image: its alpha of 1e-3 is 1e-3 times the number of elements here, 3.07 for CIFAR-10.) The
+    prediction for :math:`c'` is that of the original model, frozen, and the class is never dropped in the first term; the
+    released code takes the model in training for both and drops either class independently.
+
+    Args:
+        alpha: Weight of the retain loss.
+        to: Which retained class: ``next`` is the next one by number, as released; ``random`` draws one for each sample anew;
+            a number is that class.
+
+    Raises:
+        ValueError: ``alpha`` is negative, or no class is retained.
+    """
+
+    order: Order = "paired"
+    needs_original = True
+
+    def __init__(self, alpha: float = 1.0, to: Literal["next", "random"] | int = "next") -> None:
+        if alpha < 0:
+            raise ValueError(f"alpha must not be negative, got {alpha}.")
+        self.alpha = alpha
+        self.to = to
+
+    @override
+    def loss(self, module: Trainee, batch: Mapping[str, Samples]) -> Tensor:
+        model, forget = self.denoiser(module), self.part(batch, "forget")
+        noisy, timesteps, _ = model.noised(forget)
+        with torch.no_grad():
+            other = model.denoise(noisy, timesteps, self.remapped(forget.targets, model.retained_classes), original=True)
+        loss = functional.mse_loss(model.denoise(noisy, timesteps, forget.targets), other)
+        return loss + self.alpha * model.task_loss(self.part(batch, "retain")) if self.alpha else loss
+
+    def remapped(self, targets: Tensor, retained: Tensor) -> Tensor:
+        """The class in the place of each class.
+
+        Args:
+            targets: Classes, int64 of shape (B,).
+            retained: The classes to choose from, ascending.
+        """
+        retained = retained.to(targets.device)
+        if isinstance(self.to, int):
+            chosen = torch.full_like(targets, self.to)
+            if not torch.isin(chosen, retained).all() or (chosen == targets).any():
+                raise ValueError(f"Class {self.to} cannot stand in for a forgotten class: it is not a retained class.")
+            return chosen
+        others = retained.unsqueeze(0).expand(len(targets), -1)[retained != targets.unsqueeze(1)].view(len(targets), -1)
+        if others.shape[1] == 0:
+            raise ValueError("Every class is to be forgotten, so there is none to remap them to.")
+        if self.to == "random":
+            draws = torch.randint(others.shape[1], (len(targets), 1), device=targets.device)
+        else:  # the first that is greater, or else the first of all
+            draws = (others <= targets.unsqueeze(1)).sum(1, keepdim=True) % others.shape[1]
+        return others.gather(1, draws).squeeze(1)

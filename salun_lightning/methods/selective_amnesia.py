@@ -1,0 +1,106 @@
+"""Selective Amnesia: learn noise in the place of a class, tied to the weights that everything else needs."""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from typing_extensions import override
+
+from salun_lightning.data import Order, Samples
+from salun_lightning.methods.base import Denoiser, Method, Trainee
+from salun_lightning.saliency import saliency_scores
+from salun_lightning.saliency.weights import plain_name
+
+_BATCH = 256
+
+
+class SelectiveAmnesia(Method):
+    r"""Selective Amnesia, as continual learning sees it (Heng and Soh, NeurIPS 2023).
+
+    .. math::
+        \min_\theta E_{x \sim U[0, 1]} \ell(x, c_f) + \gamma E_{x \sim p_{\theta_o}} \ell(x, c_r)
+        + \lambda \sum_i F_i (\theta_i - \theta_{o,i})^2
+
+    Images of noise stand for the forgotten class, images that the original model draws for the retained ones. :math:`F` is the
+    diagonal Fisher information of the original model: the square of the gradient of the loss of one image, averaged over drawn
+    images of all classes. All losses are means over elements here, and that of one image also over ``timesteps`` noise levels.
+    (The released code sums over elements and over all 1,000 timesteps, so its lambda of 10 is far larger in these units.) Both
+    are computed anew whenever training starts or is resumed, from the same random numbers.
+
+    Args:
+        fisher_weight: :math:`\lambda`.
+        replay_weight: :math:`\gamma`.
+        images: How many images of each class the original model draws.
+        timesteps: At how many noise levels the gradient of one image is taken.
+
+    Raises:
+        ValueError: A weight is negative, or a number is not positive.
+    """
+
+    order: Order = "forget"
+    needs_original = True
+
+    def __init__(self, fisher_weight: float = 1e4, replay_weight: float = 1.0, images: int = 50, timesteps: int = 20) -> None:
+        if fisher_weight < 0 or replay_weight < 0:
+            raise ValueError(f"The weights must not be negative, got {fisher_weight} and {replay_weight}.")
+        if images < 1 or timesteps < 1:
+            raise ValueError(f"images and timesteps must be positive, got {images} and {timesteps}.")
+        self.fisher_weight = fisher_weight
+        self.replay_weight = replay_weight
+        self.images = images
+        self.timesteps = timesteps
+        self._replay: Samples
+        self._tied: list[tuple[nn.Parameter, Tensor, Tensor]] = []
+
+    @override
+    def start(self, module: Trainee) -> None:
+        assert isinstance(module, LightningModule)
+        model = self.denoiser(module)
+        drawn = self._drawn(model)
+        retained = torch.isin(drawn.targets, model.retained_classes.to(drawn.targets.device))
+        self._replay = Samples(*(field[retained] for field in drawn))
+        fisher = saliency_scores(
+            module,
+            _in_batches(drawn),
+            "fisher",
+            strategy=module.trainer.strategy,
+            loss=lambda image: model.seeded_loss(_repeated(image, self.timesteps)),
+        )
+        originals = dict(model.reference.named_parameters())
+        self._tied = [
+            (weight, originals[name], fisher[plain_name(name)] / len(drawn.targets))
+            for name, weight in model.network.named_parameters()
+            if weight.requires_grad
+        ]
+
+    def _drawn(self, model: Denoiser) -> Samples:
+        """Images of every class by the original model, which is also what the network is, unless training is resumed."""
+        numbers = torch.arange(model.num_classes * self.images)
+        wanted = Samples(numbers, numbers // self.images, numbers)
+        with torch.no_grad():
+            parts = [model.sample(part.targets, part.indices, original=True) for part in _in_batches(wanted)]
+        images = torch.cat(parts)
+        return Samples(images, wanted.targets.to(images.device), wanted.indices.to(images.device))
+
+    @override
+    def loss(self, module: Trainee, batch: Mapping[str, Samples]) -> Tensor:
+        forget = self.part(batch, "forget")
+        loss = module.task_loss(forget._replace(inputs=torch.rand_like(forget.inputs)))
+        if self.replay_weight:
+            rows = torch.randint(len(self._replay.targets), (len(forget.targets),), device=forget.targets.device)
+            loss = loss + self.replay_weight * module.task_loss(Samples(*(field[rows] for field in self._replay)))
+        for weight, original, importance in self._tied:
+            loss = loss + self.fisher_weight * (importance * (weight - original).square()).sum()
+        return loss
+
+
+def _in_batches(samples: Samples) -> Iterator[Samples]:
+    for fields in zip(*(field.split(_BATCH) for field in samples), strict=True):
+        yield Samples(*fields)
+
+
+def _repeated(samples: Samples, times: int) -> Samples:
+    """Each sample several times, with numbers of their own."""
+    inputs, targets, indices = (field.repeat_interleave(times, dim=0) for field in samples)
+    return Samples(inputs, targets, indices * times + torch.arange(times, device=indices.device).repeat(len(samples.targets)))

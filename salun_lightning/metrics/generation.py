@@ -1,0 +1,213 @@
+"""How good generated images are, and whether the forgotten class is still among them."""
+
+import os
+import warnings
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+from torchmetrics import Metric
+from torchmetrics.image.fid import FrechetInceptionDistance  # torchmetrics.image names it only beside torch-fidelity
+from torchmetrics.image.kid import KernelInceptionDistance
+from torchmetrics.utilities import dim_zero_cat
+from typing_extensions import override
+
+from salun_lightning.metrics.manifold import manifold_precision_recall
+from salun_lightning.networks.loading import load_weights, read_checkpoint
+
+_KID_SUBSET = 1000
+_STATES = ("real", "generated", "retained", "target", "correct", "entropy")
+
+
+class GenerationQuality(Metric):
+    """Measures generated images with a classifier that knows all classes, and with features of another network.
+
+    :meth:`compute` returns
+
+    - ``UA``: unlearning accuracy, 100 minus the accuracy of the classifier on images of the forgotten classes, in percent
+      (Heng and Soh, NeurIPS 2023; Fan et al., ICLR 2024)
+    - ``entropy``: the mean entropy of the classifier on those images, in nats: high for noise, low for images of another class
+    - ``acc``: the accuracy on images of the retained classes, in percent, and ``acc/<class>`` for every class
+    - ``FID``, ``KID``, ``precision``, ``recall``: of generated images of the retained classes against real ones of those
+      classes (Heusel et al., NeurIPS 2017; Binkowski et al., ICLR 2018; Kynkäänniemi et al., NeurIPS 2019)
+    - ``num_real``, ``num_generated``: how many images those compare. They depend on these numbers and on the features: only
+      figures that agree in both can be compared.
+
+    Args:
+        classifier: Maps images (B, C, H, W) in [0, 1] to logits (B, classes); None leaves out what it measures.
+        weights: Its checkpoint; None takes it as it is.
+        features: Maps images (B, C, H, W) in [0, 1] to features (B, D); ``classifier`` takes what the last linear layer of the
+            classifier sees. By default Inception with 2,048 features, as in the FID of torchmetrics, which needs
+            ``pip install torch-fidelity`` and downloads weights.
+        neighbours: For precision and recall, see ``manifold_precision_recall``.
+
+    Raises:
+        ValueError: The features are to be the classifier's, and there is none, or it has no linear layer.
+    """
+
+    is_differentiable = False
+    higher_is_better = None
+    full_state_update = False
+
+    def __init__(
+        self,
+        classifier: nn.Module | None = None,
+        weights: str | os.PathLike[str] | None = None,
+        features: nn.Module | Literal["classifier"] | None = None,
+        neighbours: int = 3,
+    ) -> None:
+        super().__init__()
+        if features == "classifier" and (classifier is None or _last_linear(classifier) is None):
+            raise ValueError("features: classifier needs a classifier with a linear layer.")
+        self.weights = weights
+        self.features = features
+        self.neighbours = neighbours
+        self.class_names: list[str] = []
+        # in lists, so that they are neither trained nor saved with the module that this is a part of
+        self._classifier = [] if classifier is None else [classifier]
+        self._extractor = [features] if isinstance(features, nn.Module) else []
+        self._loaded = False
+        for name in _STATES:
+            self.add_state(name, default=[], dist_reduce_fx="cat")
+
+    def start(self, class_names: Sequence[str]) -> None:
+        """Forget what was measured, and load what measures.
+
+        Args:
+            class_names: The names under which accuracies are reported.
+
+        Raises:
+            FileNotFoundError: There are no such weights.
+            ModuleNotFoundError: Inception is asked for, and torch-fidelity is not installed.
+        """
+        self.reset()
+        self.class_names = list(class_names)
+        if not self._loaded and self.weights is not None and self._classifier:
+            load_weights(self._classifier[0], read_checkpoint(self.weights))
+        if self.features is None and not self._extractor:
+            self._extractor = [_Inception()]
+        self._loaded = True
+        for network in (*self._classifier, *self._extractor):
+            network.eval().requires_grad_(False).to(self.device)
+
+    @property
+    def description(self) -> str:
+        """What the features are."""
+        if self.features is None:
+            return "Inception (2,048 features)"
+        return f"{type((self._extractor or self._classifier)[0]).__name__}" + (
+            " before its last layer" if not self._extractor else ""
+        )
+
+    @override
+    def update(self, images: Tensor, targets: Tensor, retained: Tensor, real: bool) -> None:
+        """Take a batch of images, after :meth:`start`.
+
+        Args:
+            images: (B, C, H, W) in [0, 1].
+            targets: Their classes, or for generated images the classes they were asked for, int64 of shape (B,).
+            retained: Which of those are retained, bool of shape (B,).
+            real: Whether the images are real ones.
+        """
+        logits, features = self._look(images[retained] if real else images)
+        if real:
+            self.real.append(features)  # type: ignore[union-attr, operator]
+            return
+        values = {"generated": features[retained], "retained": retained, "target": targets}
+        if logits is not None:
+            logs = logits.double().log_softmax(1)
+            values |= {"correct": logits.argmax(1) == targets, "entropy": -(logs.exp() * logs).sum(1)}
+        for name, value in values.items():
+            getattr(self, name).append(value)
+
+    @torch.no_grad()
+    def _look(self, images: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Logits and features of images in [0, 1]."""
+        classifier = self._classifier[0] if self._classifier else None
+        if self._extractor:
+            features = self._extractor[0](images).flatten(1).float()
+            return None if classifier is None else classifier(images), features
+        assert classifier is not None
+        last = _last_linear(classifier)
+        assert last is not None
+        seen: list[Tensor] = []
+        handle = last.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        try:
+            return classifier(images), seen[0].flatten(1).float()
+        finally:
+            handle.remove()
+
+    @override
+    def compute(self) -> dict[str, Tensor]:
+        """All that was measured."""
+        values = {name: dim_zero_cat(getattr(self, name)) for name in _STATES if len(getattr(self, name))}
+        results: dict[str, Tensor] = {}
+        if "correct" in values:
+            results |= self._recognised(values["correct"].double(), values["target"], values["retained"], values["entropy"])
+        if "real" in values and "generated" in values:
+            results |= self._compared(values["real"], values["generated"])
+        return {name: value.float() for name, value in results.items()}
+
+    def _recognised(self, correct: Tensor, targets: Tensor, retained: Tensor, entropy: Tensor) -> dict[str, Tensor]:
+        results = {}
+        if not retained.all():
+            results["UA"] = 100 - 100 * correct[~retained].mean()
+            results["entropy"] = entropy[~retained].mean()
+        if retained.any():
+            results["acc"] = 100 * correct[retained].mean()
+        for number in targets.unique().tolist():
+            name = self.class_names[number] if self.class_names else str(number)
+            results[f"acc/{name}"] = 100 * correct[targets == number].mean()
+        return results
+
+    def _compared(self, real: Tensor, generated: Tensor) -> dict[str, Tensor]:
+        fewest = min(len(real), len(generated))
+        results = {"num_real": torch.tensor(len(real)), "num_generated": torch.tensor(len(generated))}
+        if fewest <= max(self.neighbours, 1):
+            return results
+        given = _Given(real.shape[1])
+        with warnings.catch_warnings(), isolate_rng():
+            warnings.filterwarnings("ignore", message=".*will save all extracted features")
+            torch.manual_seed(0)  # of the subsets of KID
+            # these are the samples of all processes already
+            fid = FrechetInceptionDistance(given, sync_on_compute=False).to(real.device)
+            kid = KernelInceptionDistance(given, subset_size=min(_KID_SUBSET, fewest), sync_on_compute=False).to(real.device)
+            for metric in (fid, kid):
+                metric.update(real, real=True)
+                metric.update(generated, real=False)
+            results |= {"FID": fid.compute(), "KID": kid.compute()[0]}
+        results["precision"], results["recall"] = manifold_precision_recall(real, generated, self.neighbours)
+        return results
+
+
+class _Given(nn.Module):
+    """Stands in for a feature extractor where features are at hand."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
+
+    @override
+    def forward(self, features: Tensor) -> Tensor:
+        return features
+
+
+class _Inception(nn.Module):
+    """Inception as the FID of torchmetrics takes it: from uint8 images with three channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = FrechetInceptionDistance(2048).inception
+
+    @override
+    def forward(self, images: Tensor) -> Tensor:
+        coloured = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
+        features: Tensor = self.network((255 * coloured).round().to(torch.uint8))
+        return features
+
+
+def _last_linear(network: nn.Module) -> nn.Linear | None:
+    layers = [child for child in network.modules() if isinstance(child, nn.Linear)]
+    return layers[-1] if layers else None

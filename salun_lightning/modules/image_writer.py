@@ -1,0 +1,78 @@
+"""What ``predict`` writes of a model that generates images."""
+
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from PIL import Image
+from torchvision.transforms.functional import to_pil_image
+from typing_extensions import override
+
+_FIELDS = {"image", "target", "index"}
+
+
+class ImageWriter(Callback):
+    """Writes generated images into the folder ``images`` of the run folder, and a grid of each class.
+
+    ``images/3-cat/00007.png`` is image 7 of class 3, ``images/3-cat.png`` the grid. What was there is replaced when all are
+    written. What a module of another kind predicts is left alone.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._names: list[str] = []
+
+    @override
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._names = [re.sub(r"[^\w.-]+", "_", name) for name in getattr(trainer.datamodule, "class_names", [])]  # type: ignore[attr-defined]
+        if trainer.is_global_zero:
+            shutil.rmtree(_unfinished(trainer), ignore_errors=True)
+        trainer.strategy.barrier("images")
+
+    @override
+    def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any, **__: Any) -> None:
+        if not isinstance(outputs, Mapping) or not outputs.keys() >= _FIELDS:
+            return
+        folders = [_unfinished(trainer) / f"{number}-{self._name(number)}" for number in outputs["target"].tolist()]
+        for image, folder, index in zip(outputs["image"].cpu(), folders, outputs["index"].tolist(), strict=True):
+            folder.mkdir(parents=True, exist_ok=True)
+            to_pil_image(image).save(folder / f"{index:05}.png")
+
+    def _name(self, number: int) -> str:
+        return self._names[number] if number < len(self._names) else str(number)
+
+    @override
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trainer.strategy.barrier("images")  # all processes have written theirs
+        unfinished, finished = _unfinished(trainer), _finished(trainer)
+        if not trainer.is_global_zero or not unfinished.is_dir():
+            return
+        for folder in sorted(unfinished.iterdir()):
+            _grid(sorted(folder.iterdir())).save(folder.with_name(f"{folder.name}.png"))
+        shutil.rmtree(finished, ignore_errors=True)
+        os.replace(unfinished, finished)
+        rank_zero_info(f"Images: {finished}")
+
+
+def _grid(paths: list[Path]) -> Image.Image:
+    """Images of one size, in rows of ten, a pixel apart."""
+    images = [Image.open(path) for path in paths]
+    columns, (width, height) = min(10, len(images)), images[0].size
+    rows = -(-len(images) // columns)
+    grid = Image.new(images[0].mode, (columns * (width + 1) - 1, rows * (height + 1) - 1), "white")
+    for number, image in enumerate(images):
+        grid.paste(image, (number % columns * (width + 1), number // columns * (height + 1)))
+    return grid
+
+
+def _finished(trainer: Trainer) -> Path:
+    return Path(trainer.default_root_dir) / "images"
+
+
+def _unfinished(trainer: Trainer) -> Path:
+    return Path(trainer.default_root_dir) / "images.part"

@@ -1,0 +1,138 @@
+"""From noise to images, with the schedulers of diffusers."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from inspect import signature
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, SchedulerMixin
+from torch import Tensor
+
+from salun_lightning.data import epoch_seed
+
+_PROCESS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How images are sampled.
+
+    Args:
+        scheduler: A scheduler of diffusers, such as DDIMScheduler, DPMSolverMultistepScheduler or DDPMScheduler (ancestral). It
+            takes the noise schedule, and all else that is left at its defaults, from the scheduler of the training; by default
+            it is DDIM.
+        steps: The number of steps.
+        guidance: Scale of classifier-free guidance in the convention of diffusers: 1 is none, and the w of Ho and Salimans
+            (2022) is ``guidance - 1``.
+        seed: With the class and the number of an image it fixes its noise, so that all models draw from the same noise.
+
+    Raises:
+        ValueError: ``steps`` is not positive.
+    """
+
+    scheduler: SchedulerMixin | None = None
+    steps: int = 50
+    guidance: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps must be positive, got {self.steps}.")
+
+
+def training_process(scheduler: Any) -> DDPMScheduler:
+    """The noise schedule of any scheduler, as the one that adds noise in training.
+
+    Raises:
+        ValueError: It has no schedule of variances, or predicts something else than noise or velocity.
+    """
+    if not hasattr(scheduler, "alphas_cumprod"):
+        raise ValueError(
+            f"{type(scheduler).__name__} does not fit: it has no variance schedule (alphas_cumprod). Use one of diffusers that"
+            " has, such as DDPMScheduler."
+        )
+    kind = scheduler.config.get("prediction_type", "epsilon")
+    if kind not in ("epsilon", "v_prediction"):
+        raise ValueError(
+            f"{type(scheduler).__name__} does not fit: prediction_type must be epsilon or v_prediction, got {kind}."
+        )
+    process = DDPMScheduler.from_config({**scheduler.config, **_own(scheduler)})
+    _check_same(scheduler, process)
+    return process
+
+
+def sampler(scheduler: Any, process: DDPMScheduler) -> Any:
+    """A scheduler that goes the way of the training process back.
+
+    Args:
+        scheduler: The kind of scheduler, with its own settings; None is DDIM.
+        process: The process that was trained on.
+
+    Raises:
+        ValueError: It does not fit the process.
+    """
+    kind = DDIMScheduler if scheduler is None else type(scheduler)
+    if not hasattr(kind, "from_config") or not (scheduler is None or hasattr(scheduler, "alphas_cumprod")):
+        raise ValueError(f"{kind.__name__} does not fit: it samples from another kind of process than the one trained on.")
+    trained = {key: process.config[key] for key in _PROCESS}
+    own = {} if scheduler is None else _own(scheduler)
+    fitted = kind.from_config({"_class_name": "DDPMScheduler", **_own(process), **trained, **own})
+    _check_same(fitted, process)
+    return fitted
+
+
+def _own(scheduler: Any) -> dict[str, Any]:
+    """The settings that are not a scheduler's defaults."""
+    defaults = {name: parameter.default for name, parameter in signature(type(scheduler).__init__).parameters.items()}
+    return {key: value for key, value in scheduler.config.items() if key in defaults and value != defaults[key]}
+
+
+def _check_same(scheduler: Any, process: DDPMScheduler) -> None:
+    same = scheduler.alphas_cumprod.shape == process.alphas_cumprod.shape and torch.allclose(
+        scheduler.alphas_cumprod.cpu(), process.alphas_cumprod.cpu(), atol=1e-6
+    )
+    if not same or scheduler.config.get("prediction_type", "epsilon") != process.config.prediction_type:
+        raise ValueError(
+            f"{type(scheduler).__name__} does not fit: its noise schedule or prediction type is not that of the training. Leave"
+            " its betas, num_train_timesteps and prediction_type out."
+        )
+
+
+def generators(targets: Tensor, indices: Tensor, seed: int) -> list[torch.Generator]:
+    """A generator for each image: its noise does not depend on what else is sampled with it, or where."""
+    pairs = zip(targets.tolist(), indices.tolist(), strict=True)
+    return [torch.Generator().manual_seed(epoch_seed(seed, target, index)) for target, index in pairs]
+
+
+def noise_of(generators: list[torch.Generator], shape: torch.Size | tuple[int, ...], device: torch.device) -> Tensor:
+    """Gaussian noise (B, *shape), a row from each generator."""
+    return torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
+
+
+def run(
+    scheduler: Any,
+    predict: Callable[[Tensor, Tensor], Tensor],
+    noise: Tensor,
+    generators: list[torch.Generator] | None = None,
+    stop: int | None = None,
+) -> Tensor:
+    """Go from noise towards images.
+
+    Args:
+        scheduler: A scheduler whose timesteps are set.
+        predict: The prediction for noisy images (B, C, H, W) at a timestep.
+        noise: Gaussian noise (B, C, H, W).
+        generators: One for each image, of the noise that ancestral schedulers add; by default the global one.
+        stop: How many steps to take; by default all.
+
+    Returns:
+        Images (B, C, H, W), roughly in [-1, 1], or where they are after ``stop`` steps.
+    """
+    images: Tensor = noise * scheduler.init_noise_sigma
+    takes_generator = "generator" in signature(scheduler.step).parameters
+    extra = {"generator": generators} if takes_generator and generators is not None else {}
+    for timestep in scheduler.timesteps[:stop]:
+        prediction = predict(scheduler.scale_model_input(images, timestep), timestep)
+        images = scheduler.step(prediction, timestep, images, return_dict=False, **extra)[0]
+    return images
