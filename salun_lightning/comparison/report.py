@@ -103,7 +103,8 @@ def _caption(summary: Mapping[str, Any], results: Results, table: Table, first: 
     if table.gap:
         lines.append(
             f"The closer to {table.reference}, the better. avg. gap: mean absolute difference of"
-            f" {', '.join(table.metrics[:-1])} and {table.metrics[-1]} to the {table.reference} model of the same split and seed."
+            f" {', '.join(table.metrics[:-1])} and {table.metrics[-1]} to the {table.reference} model of the same split and"
+            " seed."
         )
     lines += _compared_images(results)
     lines += [

@@ -3,7 +3,6 @@
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from copy import copy
 from typing import Any
 
 import torch
@@ -45,14 +44,14 @@ def _restorer(child: nn.Module) -> Callable[[], None]:
     attributes = {name: value for name, value in vars(child).items() if name not in _INTERNAL}
     if isinstance(child, Metric):
         attributes.update((name, state.clone()) for name, state in child.metric_state.items() if isinstance(state, Tensor))
-    contents = [(value, _copied(value)) for value in attributes.values() if isinstance(value, _CONTAINERS)]
+    contents = [snapshot for value in attributes.values() for snapshot in _snapshots(value)]
     buffers = dict(child._buffers)
     values = {name: buffer.detach().clone() for name, buffer in buffers.items() if buffer is not None}
 
     def restore() -> None:
         vars(child).update(attributes)
-        for container, content in contents:
-            _refill(container, content)
+        for container, items in contents:
+            _refill(container, items)
         child._buffers.update(buffers)
         with torch.no_grad():
             for name, value in values.items():
@@ -61,21 +60,30 @@ def _restorer(child: nn.Module) -> Callable[[], None]:
     return restore
 
 
-def _copied(value: Any) -> Any:
-    """Containers within containers are copied, what they hold is not."""
-    if not isinstance(value, _CONTAINERS):
-        return value
-    copied: Any = copy(value)
-    if isinstance(value, dict):
-        copied.update((key, _copied(item)) for key, item in value.items())
-    elif isinstance(value, list):
-        copied[:] = map(_copied, value)
-    return copied
+def _snapshots(value: Any) -> Iterator[tuple[Any, list[Any]]]:
+    """Every container in a value, itself first, with the references that it holds."""
+    if isinstance(value, _CONTAINERS):
+        items = _items(value)
+        yield value, items
+        for item in items:
+            yield from _snapshots(item[1] if isinstance(value, dict) else item)
 
 
-def _refill(container: Any, content: Any) -> None:
+def _items(container: Any) -> list[Any]:
+    return list(container.items() if isinstance(container, dict) else container)
+
+
+def _refill(container: Any, items: list[Any]) -> None:
+    now = _items(container)
+    pairs = zip(now, items, strict=False)
+    if isinstance(container, dict):
+        unchanged = all(one[0] is other[0] and one[1] is other[1] for one, other in pairs)
+    else:
+        unchanged = all(one is other for one, other in pairs)
+    if unchanged and len(now) == len(items):
+        return  # it may be of a kind that cannot be changed at all
     container.clear()
-    (container.extend if isinstance(container, list | deque) else container.update)(content)
+    (container.extend if isinstance(container, list | deque) else container.update)(items)
 
 
 @contextmanager

@@ -208,3 +208,41 @@ def test_replaced_gradients_come_back_as_the_same_tensors():
     saliency_scores(module, loader())
     assert all(weight.grad is gradient for weight, gradient in zip(module.parameters(), gradients, strict=True))
     assert all(same_bits(gradient, value) for gradient, value in zip(gradients, values, strict=True))
+
+
+class Sealed(dict):
+    """A mapping that refuses to be changed, as configurations of diffusers do."""
+
+    def _refuse(self, *_: Any, **__: Any) -> None:
+        raise TypeError("sealed")
+
+    __setitem__ = __delitem__ = clear = update = pop = setdefault = _refuse
+
+
+def test_attributes_that_cannot_be_changed_are_left_alone():
+    module = Plain()
+    module.config = Sealed({"sizes": [1, 2]})
+    assert saliency_scores(module, loader())
+    assert module.config == {"sizes": [1, 2]}
+    assert type(module.config) is Sealed
+
+
+def test_nested_containers_are_refilled_in_place():
+    class Nested(Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = [1]
+            self.outer = {"inner": self.inner, "queue": deque([2])}
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            self.inner.append(3)
+            self.outer["queue"].append(4)
+            self.outer["new"] = 5
+            return super().training_step(batch, batch_idx)
+
+    module = Nested()
+    inner, outer = module.inner, module.outer
+    saliency_scores(module, loader())
+    assert module.outer is outer
+    assert outer == {"inner": [1], "queue": deque([2])}
+    assert outer["inner"] is inner is module.inner
