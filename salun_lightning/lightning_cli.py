@@ -8,6 +8,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
@@ -75,8 +76,9 @@ class UnlearningCLI(LightningCLI):
         )
 
     def after_fit(self) -> None:
-        """Save what diffusers can load, where the module knows how."""
-        if hasattr(self.model, "save_pretrained") and self.trainer.is_global_zero:
+        """Save what diffusers can load, where the module knows how and its weights are not sharded."""
+        sharded = isinstance(self.trainer.strategy, ModelParallelStrategy)
+        if hasattr(self.model, "save_pretrained") and self.trainer.is_global_zero and not sharded:
             self.model.save_pretrained(Path(self.trainer.default_root_dir) / "pipeline")
 
     def after_test(self) -> None:

@@ -30,7 +30,7 @@ class Remap(Method):
             a number is that class.
 
     Raises:
-        ValueError: ``alpha`` is negative, or no class is retained.
+        ValueError: ``alpha`` is negative, or the class to remap to is not retained.
     """
 
     order: Order = "paired"
@@ -41,6 +41,14 @@ class Remap(Method):
             raise ValueError(f"alpha must not be negative, got {alpha}.")
         self.alpha = alpha
         self.to = to
+
+    @override
+    def start(self, module: Trainee) -> None:
+        retained = self.denoiser(module).retained_classes.tolist()
+        if isinstance(self.to, int) and self.to not in retained:
+            raise ValueError(f"Class {self.to} cannot stand in for what is forgotten: the retained classes are {retained}.")
+        if module.num_classes < 2 or not retained:
+            raise ValueError("No class is retained that a forgotten one could be remapped to.")
 
     @override
     def loss(self, module: Trainee, batch: Mapping[str, Samples]) -> Tensor:
@@ -56,19 +64,12 @@ class Remap(Method):
 
         Args:
             targets: Classes, int64 of shape (B,).
-            retained: The classes to choose from, ascending.
+            retained: The classes to choose from, ascending, on the same device.
         """
-        retained = retained.to(targets.device)
         if isinstance(self.to, int):
-            chosen = torch.full_like(targets, self.to)
-            if not torch.isin(chosen, retained).all() or (chosen == targets).any():
-                raise ValueError(f"Class {self.to} cannot stand in for a forgotten class: it is not a retained class.")
-            return chosen
-        others = retained.unsqueeze(0).expand(len(targets), -1)[retained != targets.unsqueeze(1)].view(len(targets), -1)
-        if others.shape[1] == 0:
-            raise ValueError("Every class is to be forgotten, so there is none to remap them to.")
-        if self.to == "random":
-            draws = torch.randint(others.shape[1], (len(targets), 1), device=targets.device)
-        else:  # the first that is greater, or else the first of all
-            draws = (others <= targets.unsqueeze(1)).sum(1, keepdim=True) % others.shape[1]
-        return others.gather(1, draws).squeeze(1)
+            return torch.full_like(targets, self.to)
+        behind = torch.searchsorted(retained, targets, right=True)  # where the classes that are greater begin
+        if self.to == "random":  # any but the class itself, which is the last one from there on, if it is among them
+            others = len(retained) - (retained[behind - 1] == targets).long()
+            behind = behind + (torch.rand(len(targets), device=targets.device) * others).long()
+        return retained[behind % len(retained)]

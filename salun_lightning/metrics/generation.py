@@ -55,7 +55,7 @@ class GenerationQuality(Metric):
         self,
         classifier: nn.Module | None = None,
         weights: str | os.PathLike[str] | None = None,
-        features: nn.Module | Literal["classifier"] | None = None,
+        features: Literal["classifier"] | nn.Module | None = None,
         neighbours: int = 3,
     ) -> None:
         super().__init__()

@@ -86,14 +86,16 @@ class ClassDiffusion(UnlearningModule):
                 f"The network embeds {embedded} classes, but {needed} are needed: {classes} of the data"
                 + (f", and null_class is {self.null_class}." if self.null_class is not None else ".")
             )
+        forgotten = getattr(self.datamodule, "forgotten_classes", [])
+        self._retained = torch.tensor([number for number in range(classes) if number not in forgotten], dtype=torch.int64)
         super().setup(stage)
 
     @property
     def retained_classes(self) -> Tensor:
-        """The classes that are not forgotten whole, int64."""
-        everything = torch.arange(self.num_classes, device=self.device)
-        forgotten = torch.tensor(getattr(self.datamodule, "forgotten_classes", []), dtype=torch.int64, device=self.device)
-        return everything[~torch.isin(everything, forgotten)]
+        """The classes that are not forgotten whole, ascending int64."""
+        if self._retained.device != self.device:  # once: a step is not to wait for a copy to the device
+            self._retained = self._retained.to(self.device)
+        return self._retained
 
     @override
     def forward(self, noisy: Tensor, timesteps: Tensor, targets: Tensor) -> Tensor:
@@ -113,7 +115,7 @@ class ClassDiffusion(UnlearningModule):
             (B, C, H, W), in float32 whatever the network computes in.
 
         Raises:
-            ValueError: The null class is asked for, and the model has none.
+            ValueError: The null class is asked for and the model has none, or the prediction has not the shape of the images.
         """
         if targets is None:
             if self.null_class is None:
@@ -122,6 +124,11 @@ class ClassDiffusion(UnlearningModule):
         network = self.reference if original else self.network
         weight = next(network.parameters())
         prediction: Tensor = network(noisy.to(weight.dtype), timesteps, class_labels=targets, return_dict=False)[0]
+        if prediction.shape != noisy.shape:
+            raise ValueError(
+                f"The network makes {tuple(prediction.shape[1:])} of images of {tuple(noisy.shape[1:])}: a prediction must have"
+                " the shape of the images. Variances cannot be learned."
+            )
         return prediction.float()
 
     def guided(
@@ -187,8 +194,8 @@ class ClassDiffusion(UnlearningModule):
         """
         device = samples.inputs.device
         own = generators(torch.zeros_like(samples.indices), samples.indices, run_seed())
-        last = self.process.config.num_train_timesteps
-        timesteps = torch.cat([torch.randint(last, (1,), generator=generator) for generator in own]).to(device)
+        count = self.process.config.num_train_timesteps
+        timesteps = torch.cat([torch.randint(count, (1,), generator=generator) for generator in own]).to(device)
         noisy, _, wanted = self._with_noise(samples, timesteps, noise_of(own, samples.inputs.shape[1:], device))
         return functional.mse_loss(self.guided(noisy, timesteps, samples.targets, guidance), wanted)
 
@@ -256,8 +263,13 @@ class ClassDiffusion(UnlearningModule):
 
     @override
     def on_test_epoch_start(self) -> None:
-        if self.quality is not None:
-            self.quality.start(self.datamodule.class_names)
+        if self.quality is None:
+            return
+        if "generated" not in (self.trainer.test_dataloaders or {}):
+            raise MisconfigurationException(
+                "There are no generated images to judge: set the datamodule's generated_per_class, or leave quality out."
+            )
+        self.quality.start(getattr(self.datamodule, "class_names", ()))
 
     @override
     def test_step(self, batch: Samples | Requested, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
@@ -277,7 +289,7 @@ class ClassDiffusion(UnlearningModule):
     @override
     def on_test_epoch_end(self) -> None:
         if self.quality is not None:
-            self.log_dict(self.quality.compute())
+            self.log_dict(self.quality.compute(), sync_dist=True)
 
     @override
     def predict_step(self, batch: Samples | Requested, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:

@@ -61,13 +61,18 @@ class ImageWriter(Callback):
 
 def _grid(paths: list[Path]) -> Image.Image:
     """Images of one size, in rows of ten, a pixel apart."""
-    images = [Image.open(path) for path in paths]
+    images = [_opened(path) for path in paths]
     columns, (width, height) = min(10, len(images)), images[0].size
     rows = -(-len(images) // columns)
     grid = Image.new(images[0].mode, (columns * (width + 1) - 1, rows * (height + 1) - 1), "white")
     for number, image in enumerate(images):
         grid.paste(image, (number % columns * (width + 1), number // columns * (height + 1)))
     return grid
+
+
+def _opened(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        return image.copy()
 
 
 def _finished(trainer: Trainer) -> Path:
