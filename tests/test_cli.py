@@ -211,7 +211,7 @@ def test_bad_options_are_named(arguments: list[str], sentence: str, capsys: pyte
     [
         (["--data.forget=ForgetClasses", "--data.forget.names=[cat]"], "There is no class 'cat'. The classes are: 0, 1, 2"),
         (["--data.forget=ForgetIndices", "--data.forget.positions=[99999]"], "Index 99999 is out of range"),
-        (["--model.original=nowhere.ckpt"], "There is no original model at 'nowhere.ckpt'"),
+        (["--model.original=nowhere.ckpt"], "There is no model at 'nowhere.ckpt'"),
         (
             ["--saliency.ratio=null", "--saliency.mask=nowhere.safetensors"],
             "There is no saliency mask at 'nowhere.safetensors'",

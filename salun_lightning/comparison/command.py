@@ -90,7 +90,8 @@ def _run_all(cells: list[Cell], table: Table) -> None:
         measured = result["metrics"]
         figures = "  ".join(f"{name} {measured[name]:6.2f}" for name in table.metrics if name in measured)
         paired = results.get((table.reference, cell.run))
-        gap = f"  gap {average_gap(measured, paired['metrics'], table.metrics):5.2f}" if paired and table.gap else ""
+        distance = average_gap(measured, paired["metrics"], table.metrics) if paired and table.gap else None
+        gap = "" if distance is None else f"  gap {distance:5.2f}"
         where = f"seed {cell.seed}" + (f", {cell.case}" if cell.case else "")
         print(f"[{number:3}/{len(cells)}] {cell.row:<24} {where}  {figures}{gap}  {note}", flush=True)
 

@@ -112,7 +112,8 @@ class Plan:
         ``original``. That one is trained in the first case and tested in all, because it is trained on everything.
 
         Raises:
-            ValueError: A row starts from an original model, and there is no row called ``original``.
+            ValueError: A row starts from an original model, and there is no row called ``original``; or two cells would share a
+                folder.
         """
         originals: dict[int, Cell] = {}
         for name in sorted(rows, key=lambda name: name != "original"):
@@ -120,7 +121,8 @@ class Plan:
             if starts and "original" not in rows:
                 raise ValueError(f"The row '{name}' starts from an original model, but there is no row 'original'.")
             for seed in seeds:
-                for case, own in (cases or {"": {}}).items():
+                for name_of_case, own in (cases or {"": {}}).items():
+                    case = str(name_of_case)  # YAML reads names of digits as numbers
                     folder = self.out / slug(name) / "-".join(["seed", str(seed), *([slug(case)] if case else [])])
                     options = {**self.options, **own}
                     original = originals.get(seed) if starts else None
@@ -129,6 +131,17 @@ class Plan:
                     self.cells.append(cell)
                     if name == "original":
                         originals.setdefault(seed, cell)
+        self._check_folders(rows)
+
+    def _check_folders(self, rows: Mapping[str, Row]) -> None:
+        seen: set[Path] = set()
+        for folder in (cell.folder for cell in (*self.first, *self.cells)):
+            if folder in seen:
+                raise ValueError(f"Two cells would share the folder '{folder}'. Give rows, cases or first models other names.")
+            seen.add(folder)
+        for name in rows:
+            if self.out / slug(name) in seen:
+                raise ValueError(f"A model that is trained first is called like the row '{name}'. Give it another name.")
 
     def _cell(
         self,
@@ -148,7 +161,9 @@ class Plan:
         if original is not None:
             places["model.original"] = str(original.checkpoint)
         needed = [cell.key for cell in (original, trained, *self.first) if cell is not None]
-        outcome = [salun_lightning.__version__, settings, _contents(config), needed]
+        values = (Path(setting.rpartition("=")[2]) for setting in settings if setting.endswith(".yaml"))
+        contents = [_contents(path) for path in (config, *values) if path.is_file()]
+        outcome = [salun_lightning.__version__, settings, contents, needed]
         key = hashlib.sha256(json.dumps(outcome).encode()).hexdigest()[:16]
         arguments = ("--config", str(config), *settings, *_arguments(places, {}))
         return Cell(name, seed, case, folder, arguments, key, original, trained)

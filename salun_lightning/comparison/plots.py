@@ -51,19 +51,15 @@ def _draw_metrics(plt: Any, summary: Mapping[str, Any], results: Results, table:
     reference, noise_floor = table.reference, table.noise_floor
     rows = [row for row in summary if row not in (reference, noise_floor)]
     names = [*table.metrics, *(["gap"] if table.gap else [])]
-    _, axes = plt.subplots(1, len(names), figsize=(3 * len(names), 0.55 * len(rows) + 1.6), sharey=True)
+    size = (3 * len(names), 0.55 * len(rows) + 1.6)
+    _, (axes,) = plt.subplots(1, len(names), figsize=size, sharey=True, squeeze=False)
     colours = {row: f"C{i}" for i, row in enumerate(rows)}
     for axis, name in zip(axes, names, strict=True):
         for y, row in enumerate(rows):
             if name not in summary[row]:
                 continue
-            points = [
-                average_gap(result["metrics"], results[reference, run]["metrics"], table.metrics)
-                if name == "gap"
-                else result["metrics"][name]
-                for (other, run), result in results.items()
-                if other == row and ((reference, run) in results if name == "gap" else name in result["metrics"])
-            ]
+            points = [_figure(name, results, row, run, table) for other, run in results if other == row]
+            points = [point for point in points if point is not None]
             axis.plot(points, [y] * len(points), "o", color=colours[row], alpha=0.35, markersize=6)
             axis.plot(summary[row][name]["mean"], y, "D", color=colours[row], markersize=7)
         axis.grid(axis="x", alpha=0.3)
@@ -80,6 +76,14 @@ def _draw_metrics(plt: Any, summary: Mapping[str, Any], results: Results, table:
             axis.set_xlim(left=0)
     axes[0].set_yticks(range(len(rows)), rows)
     axes[0].invert_yaxis()
+
+
+def _figure(name: str, results: Results, row: str, run: Any, table: Table) -> float | None:
+    measured: Mapping[str, float] = results[row, run]["metrics"]
+    if name != "gap":
+        return measured.get(name)
+    paired = results.get((table.reference, run))
+    return None if paired is None else average_gap(measured, paired["metrics"], table.metrics)
 
 
 def _draw_confidence(plt: Any, results: Results, table: Table) -> None:
@@ -111,7 +115,7 @@ def _draw_masks(plt: Any, results: Results) -> None:
         axis.bar([x + i * width for x in range(len(layers))], [density[layer] for layer in layers], width, label=row)
     axis.set_xticks([x + 0.4 - 0.4 / len(masked) for x in range(len(layers))], layers, rotation=90, fontsize=7)
     axis.set_ylabel("fraction of the weights that may move")
-    axis.set_title("Saliency mask by layer, input to output (last seed)", fontsize=11)
+    axis.set_title("Saliency mask by layer, input to output (last run)", fontsize=11)
     axis.grid(axis="y", alpha=0.3)
     axis.legend(fontsize=9, loc="lower left", framealpha=1)
 

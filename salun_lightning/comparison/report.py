@@ -48,8 +48,9 @@ def summarise(results: Results, table: Table) -> dict[str, dict[str, dict[str, f
         paired = results.get((table.reference, run))
         if paired is not None:
             figures["cost"].append(result["seconds"] / paired["seconds"])
-            if table.gap:
-                figures["gap"].append(average_gap(result["metrics"], paired["metrics"], table.metrics))
+            gap = average_gap(result["metrics"], paired["metrics"], table.metrics)
+            if table.gap and gap is not None:
+                figures["gap"].append(gap)
     return {
         row: {
             name: {"mean": fmean(values), "std": stdev(values) if len(values) > 1 else 0.0, "runs": len(values)}
@@ -60,13 +61,15 @@ def summarise(results: Results, table: Table) -> dict[str, dict[str, dict[str, f
     }
 
 
-def average_gap(metrics: Mapping[str, float], reference: Mapping[str, float], names: list[str]) -> float:
-    """Mean absolute difference, for UA, RA, TA and MIA in percentage points (Fan et al., ICLR 2024).
+def average_gap(metrics: Mapping[str, float], reference: Mapping[str, float], names: list[str]) -> float | None:
+    """Mean absolute difference, for UA, RA, TA and MIA in percentage points (Fan et al., ICLR 2024); None if one is missing.
 
     Example:
         >>> average_gap({"UA": 1, "RA": 100}, {"UA": 3, "RA": 100}, ["UA", "RA"])
         1.0
     """
+    if not all(name in metrics and name in reference for name in names):
+        return None
     return fmean(abs(metrics[name] - reference[name]) for name in names)
 
 
@@ -97,14 +100,15 @@ def markdown(summary: Mapping[str, Any], results: Results, table: Table, first: 
 def _caption(summary: Mapping[str, Any], results: Results, table: Table, first: Mapping[str, Any]) -> list[str]:
     seeds = sorted({result["seed"] for result in results.values()})
     cases = list(dict.fromkeys(result["case"] for result in results.values() if result.get("case")))
-    over = f"the seeds {', '.join(map(str, seeds))}" + (f" and the cases {', '.join(cases)}" if cases else "")
+    over = f"{_counted('seed', seeds)}" + (f" and {_counted('case', cases)}" if cases else "")
     lines = [f"Mean ± standard deviation over {over}" + (", in percent (avg. gap: percentage points)." if table.gap else ".")]
+    unknown = [name for name in table.metrics if not any(name in figures for figures in summary.values())]
+    lines += [f"No row measured {_listed(unknown)}."] if unknown and summary else []
     lines += [_MEANING[name] for name in table.metrics if name in _MEANING and not table.gap]
     if table.gap:
         lines.append(
             f"The closer to {table.reference}, the better. avg. gap: mean absolute difference of"
-            f" {', '.join(table.metrics[:-1])} and {table.metrics[-1]} to the {table.reference} model of the same split and"
-            " seed."
+            f" {_listed(table.metrics)} to the {table.reference} model of the same split and seed."
         )
     lines += _compared_images(results)
     lines += [
@@ -134,6 +138,14 @@ def _compared_images(results: Results) -> list[str]:
     for generated, real, features in sorted({entry for counts in by_run.values() for entry in counts}):
         lines.append(f"FID of {generated:.0f} generated images against {real:.0f} of the training set, features: {features}.")
     return lines
+
+
+def _counted(what: str, items: list[Any]) -> str:
+    return f"the {what}{'s' if len(items) > 1 else ''} {', '.join(map(str, items))}"
+
+
+def _listed(names: list[str]) -> str:
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
 def _run_name(results: Results, run: Any) -> str:

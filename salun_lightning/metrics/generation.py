@@ -18,7 +18,7 @@ from salun_lightning.metrics.manifold import manifold_precision_recall
 from salun_lightning.networks.loading import load_weights, read_checkpoint
 
 _KID_SUBSET = 1000
-_STATES = ("real", "generated", "retained", "target", "correct", "entropy")
+_STATES = ("real", "real_target", "generated", "retained", "target", "correct", "entropy")
 
 
 class GenerationQuality(Metric):
@@ -32,8 +32,8 @@ class GenerationQuality(Metric):
     - ``acc``: the accuracy on images of the retained classes, in percent, and ``acc/<class>`` for every class
     - ``FID``, ``KID``, ``precision``, ``recall``: of generated images of the retained classes against real ones of those
       classes (Heusel et al., NeurIPS 2017; Binkowski et al., ICLR 2018; Kynkäänniemi et al., NeurIPS 2019)
-    - ``num_real``, ``num_generated``: how many images those compare. They depend on these numbers and on the features: only
-      figures that agree in both can be compared.
+    - ``num_real``, ``num_generated``: how many images those compare, of the retained classes that images were asked of. They
+      depend on these numbers and on the features: only figures that agree in both can be compared.
 
     Args:
         classifier: Maps images (B, C, H, W) in [0, 1] to logits (B, classes); None leaves out what it measures.
@@ -44,7 +44,8 @@ class GenerationQuality(Metric):
         neighbours: For precision and recall, see ``manifold_precision_recall``.
 
     Raises:
-        ValueError: The features are to be the classifier's, and there is none, or it has no linear layer.
+        ValueError: The features are to be the classifier's, and there is none, or it has no linear layer; or ``neighbours`` is
+            not positive.
     """
 
     is_differentiable = False
@@ -61,13 +62,15 @@ class GenerationQuality(Metric):
         super().__init__()
         if features == "classifier" and (classifier is None or _last_linear(classifier) is None):
             raise ValueError("features: classifier needs a classifier with a linear layer.")
+        if neighbours < 1:
+            raise ValueError(f"neighbours must be positive, got {neighbours}.")
         self.weights = weights
-        self.features = features
         self.neighbours = neighbours
         self.class_names: list[str] = []
         # in lists, so that they are neither trained nor saved with the module that this is a part of
         self._classifier = [] if classifier is None else [classifier]
         self._extractor = [features] if isinstance(features, nn.Module) else []
+        self._inception = features is None
         self._loaded = False
         for name in _STATES:
             self.add_state(name, default=[], dist_reduce_fx="cat")
@@ -86,7 +89,7 @@ class GenerationQuality(Metric):
         self.class_names = list(class_names)
         if not self._loaded and self.weights is not None and self._classifier:
             load_weights(self._classifier[0], read_checkpoint(self.weights))
-        if self.features is None and not self._extractor:
+        if self._inception and not self._extractor:
             self._extractor = [_Inception()]
         self._loaded = True
         for network in (*self._classifier, *self._extractor):
@@ -95,11 +98,11 @@ class GenerationQuality(Metric):
     @property
     def description(self) -> str:
         """What the features are."""
-        if self.features is None:
+        if self._inception:
             return "Inception (2,048 features)"
-        return f"{type((self._extractor or self._classifier)[0]).__name__}" + (
-            " before its last layer" if not self._extractor else ""
-        )
+        if self._extractor:
+            return type(self._extractor[0]).__name__
+        return f"{type(self._classifier[0]).__name__} before its last layer"
 
     @override
     def update(self, images: Tensor, targets: Tensor, retained: Tensor, real: bool) -> None:
@@ -114,11 +117,12 @@ class GenerationQuality(Metric):
         logits, features = self._look(images[retained] if real else images)
         if real:
             self.real.append(features)  # type: ignore[union-attr, operator]
+            self.real_target.append(targets[retained])  # type: ignore[union-attr, operator]
             return
         values = {"generated": features[retained], "retained": retained, "target": targets}
         if logits is not None:
-            logs = logits.double().log_softmax(1)
-            values |= {"correct": logits.argmax(1) == targets, "entropy": -(logs.exp() * logs).sum(1)}
+            correct = (logits.argmax(1) == targets) & ~logits.isnan().any(1)
+            values |= {"correct": correct, "entropy": torch.special.entr(logits.double().softmax(1)).sum(1)}
         for name, value in values.items():
             getattr(self, name).append(value)
 
@@ -147,7 +151,8 @@ class GenerationQuality(Metric):
         if "correct" in values:
             results |= self._recognised(values["correct"].double(), values["target"], values["retained"], values["entropy"])
         if "real" in values and "generated" in values:
-            results |= self._compared(values["real"], values["generated"])
+            asked_for = values["target"][values["retained"]].unique()
+            results |= self._compared(values["real"][torch.isin(values["real_target"], asked_for)], values["generated"])
         return {name: value.float() for name, value in results.items()}
 
     def _recognised(self, correct: Tensor, targets: Tensor, retained: Tensor, entropy: Tensor) -> dict[str, Tensor]:
@@ -165,8 +170,10 @@ class GenerationQuality(Metric):
     def _compared(self, real: Tensor, generated: Tensor) -> dict[str, Tensor]:
         fewest = min(len(real), len(generated))
         results = {"num_real": torch.tensor(len(real)), "num_generated": torch.tensor(len(generated))}
-        if fewest <= max(self.neighbours, 1):
+        if fewest <= self.neighbours:
             return results
+        if not (real.isfinite().all() and generated.isfinite().all()):  # LAPACK would end the process
+            return results | dict.fromkeys(("FID", "KID", "precision", "recall"), torch.tensor(torch.nan))
         given = _Given(real.shape[1])
         with warnings.catch_warnings(), isolate_rng():
             warnings.filterwarnings("ignore", message=".*will save all extracted features")

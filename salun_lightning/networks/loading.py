@@ -26,7 +26,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     if path.is_dir():
         return read_pipeline(path)
     if not path.is_file():
-        raise FileNotFoundError(f"There is no original model at '{path}'. Train it first, or give the path of its checkpoint.")
+        raise FileNotFoundError(f"There is no model at '{path}'. Train it first, or give the path of its checkpoint.")
     try:
         if path.suffix == ".safetensors":
             return dict(load_file(path))
@@ -54,18 +54,18 @@ def load_weights(network: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     given = {plain_name(name): tensor for name, tensor in state.items()}
     wanted = {plain_name(name): name for name in network.state_dict()}
     if len(given) < len(state) or len(wanted) < len(network.state_dict()):
-        raise ValueError("The original model has two weights of one name, once wrappers are left out. Save its network alone.")
+        raise ValueError("The checkpoint has two weights of one name, once wrappers are left out. Save its network alone.")
     missing, unexpected = sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys())
     if missing or unexpected:
         raise ValueError(
-            "The original model does not fit the network:"
+            "The checkpoint does not fit the network:"
             f" {_some(missing)} missing from the checkpoint, {_some(unexpected)} unknown to the network."
         )
     own = network.state_dict()
     for name, key in wanted.items():
         if given[name].shape != own[key].shape:
             raise ValueError(
-                f"The original model does not fit the network: '{name}' is {tuple(given[name].shape)} in the checkpoint and"
+                f"The checkpoint does not fit the network: '{name}' is {tuple(given[name].shape)} in the checkpoint and"
                 f" {tuple(own[key].shape)} in the network."
             )
     network.load_state_dict({key: given[name] for name, key in wanted.items()})

@@ -11,7 +11,7 @@ import yaml
 
 from salun_lightning import ImageClassifier
 from salun_lightning.cli import main
-from salun_lightning.comparison.plan import Row, plan
+from salun_lightning.comparison.plan import Cell, Plan, Row
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "digits"
 ROWS = {
@@ -130,6 +130,14 @@ def rows(folder: Path, **options: Any) -> dict[str, Row]:
     from jsonargparse.typing import Path_fr
 
     return {name: Row(Path_fr(str(folder / file)), options) for name, file in ROWS.items()}
+
+
+def plan(rows: dict[str, Row], seeds: list[int], options: dict[str, Any], out: Path) -> dict[tuple[str, int], Cell]:
+    """The cells of a comparison without cases, by row and seed."""
+    planned = Plan(out, options)
+    planned.add(rows, seeds, {})
+    assert {cell.run for cell in planned.cells} == {(seed, "") for seed in seeds}
+    return {(cell.row, cell.seed): cell for cell in planned.cells}
 
 
 def test_plan() -> None:

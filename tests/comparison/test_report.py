@@ -1,26 +1,37 @@
 """The figures of the table, against figures worked out by hand."""
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from salun_lightning.comparison.report import average_gap, markdown, plot, summarise
+from salun_lightning.comparison.plots import plot
+from salun_lightning.comparison.report import Table, average_gap, markdown, summarise
+
+TABLE = Table("Retrain", "Retrain again")
+FOUR = ["UA", "RA", "TA", "MIA"]
 
 
-def cell(row: str, seed: int, figures: tuple[float, float, float, float], seconds: float) -> dict[str, Any]:
+def cell(row: str, seed: int, figures: tuple[float, float, float, float], seconds: float, case: str = "") -> dict[str, Any]:
     return {
         "row": row,
         "seed": seed,
+        "case": case,
         "metrics": dict(zip(("UA", "RA", "TA", "MIA"), figures, strict=True)),
         "seconds": seconds,
-        "command": f"python train.py fit {row} {seed}",
+        "command": f"python train.py fit {row} {seed}" + (f" {case}" if case else ""),
         "forget_confidence": [0.2, 1.0, 0.9],
     }
 
 
+def keyed(cells: list[dict[str, Any]]) -> dict[tuple[str, Any], dict[str, Any]]:
+    """As the report takes them: by row and run."""
+    return {(c["row"], (c["seed"], c["case"])): deepcopy(c) for c in cells}
+
+
 @pytest.fixture
-def results() -> dict[tuple[str, int], dict[str, Any]]:
+def results() -> dict[tuple[str, Any], dict[str, Any]]:
     cells = [
         cell("Retrain", 1, (5, 100, 94, 12), 10),
         cell("Retrain", 2, (7, 100, 92, 14), 20),
@@ -29,32 +40,34 @@ def results() -> dict[tuple[str, int], dict[str, Any]]:
         cell("SalUn", 2, (11, 98, 93, 13), 2),
         cell("SalUn", 3, (50, 50, 50, 50), 2),  # no retrained model of this seed
     ]
-    return {(c["row"], c["seed"]): c for c in cells}
+    return keyed(cells)
 
 
 def test_gaps_are_paired_by_seed(results: Any) -> None:
-    summary = summarise(results, "Retrain")
+    summary = summarise(results, TABLE)
     # seed 1: (2 + 1 + 1 + 2) / 4 = 1.5; seed 2: (4 + 2 + 1 + 1) / 4 = 2; their sample deviation is 0.5 / sqrt(2)
-    assert summary["SalUn"]["gap"] == {"mean": 1.75, "std": pytest.approx(0.5 / 2**0.5), "seeds": 2}
+    assert summary["SalUn"]["gap"] == {"mean": 1.75, "std": pytest.approx(0.5 / 2**0.5), "runs": 2}
     assert summary["SalUn"]["cost"]["mean"] == pytest.approx((0.2 + 0.1) / 2)
-    assert summary["SalUn"]["UA"]["seeds"] == 3
+    assert summary["SalUn"]["UA"]["runs"] == 3
     assert summary["Retrain"]["gap"]["mean"] == 0
-    assert summary["Retrain again"]["gap"] == {"mean": 0.5, "std": 0.0, "seeds": 1}
-    assert average_gap(results["SalUn", 1]["metrics"], results["Retrain", 1]["metrics"]) == 1.5
+    assert summary["Retrain again"]["gap"] == {"mean": 0.5, "std": 0.0, "runs": 1}
+    assert average_gap(results["SalUn", (1, "")]["metrics"], results["Retrain", (1, "")]["metrics"], FOUR) == 1.5
 
 
 def test_gap_of_means_is_not_mean_of_gaps() -> None:
-    results = {
-        ("Retrain", 1): cell("Retrain", 1, (0, 0, 0, 0), 1),
-        ("Retrain", 2): cell("Retrain", 2, (0, 0, 0, 0), 1),
-        ("SalUn", 1): cell("SalUn", 1, (4, 4, 4, 4), 1),
-        ("SalUn", 2): cell("SalUn", 2, (-4, -4, -4, -4), 1),
-    }
-    assert summarise(results, "Retrain")["SalUn"]["gap"]["mean"] == 4
+    results = keyed(
+        [
+            cell("Retrain", 1, (0, 0, 0, 0), 1),
+            cell("Retrain", 2, (0, 0, 0, 0), 1),
+            cell("SalUn", 1, (4, 4, 4, 4), 1),
+            cell("SalUn", 2, (-4, -4, -4, -4), 1),
+        ]
+    )
+    assert summarise(results, TABLE)["SalUn"]["gap"]["mean"] == 4
 
 
 def test_table(results: Any) -> None:
-    table = markdown(summarise(results, "Retrain"), results, "Retrain", "Retrain again").splitlines()
+    table = markdown(summarise(results, TABLE), results, TABLE).splitlines()
     assert table[2].startswith("| Retrain | 6.00 ± 1.41 | 100.00 ± 0.00 |")
     assert "| 0 | 1.000 ± 0.000 |" in table[2]
     assert table[3].startswith("| Retrain again (noise floor) | 6.00 ± 0.00 |")
@@ -64,17 +77,17 @@ def test_table(results: Any) -> None:
 
 def test_a_row_without_a_reference_has_no_gap(results: Any) -> None:
     alone = {key: result for key, result in results.items() if key[0] == "SalUn"}
-    assert markdown(summarise(alone, "Retrain"), alone, "Retrain", None).splitlines()[2].endswith("| - | - |")
+    assert markdown(summarise(alone, Table("Retrain")), alone, Table("Retrain")).splitlines()[2].endswith("| - | - |")
 
 
 def test_plots_show_every_row(results: Any, tmp_path: Path) -> None:
     from matplotlib import pyplot as plt
 
-    results["SalUn", 1]["mask_density"] = {"stem": 0.25, "head": 0.75}
+    results["SalUn", (1, "")]["mask_density"] = {"stem": 0.25, "head": 0.75}
     drawn: dict[str, list[str]] = {}
     close, plt.close = plt.close, lambda: drawn.update({str(len(drawn)): _texts(plt.gcf())}) or close()
     try:
-        paths = plot(summarise(results, "Retrain"), results, "Retrain", "Retrain again", tmp_path)
+        paths = plot(summarise(results, TABLE), results, TABLE, tmp_path)
     finally:
         plt.close = close
     assert [path.name for path in paths] == ["comparison.png", "confidence.png", "mask.png"]
@@ -88,3 +101,187 @@ def _texts(figure: Any) -> list[str]:
     from matplotlib.text import Text
 
     return [text.get_text() for text in figure.findobj(Text)]
+
+
+CASED = [
+    cell("original", 1, (0, 100, 95, 0), 8, "cat"),
+    cell("original", 1, (1, 100, 95, 0), 8, "dog"),
+    cell("Retrain", 1, (10, 100, 94, 12), 10, "cat"),
+    cell("Retrain", 1, (90, 100, 94, 12), 20, "dog"),
+    cell("Retrain", 2, (50, 100, 94, 12), 40, "dog"),
+    cell("SalUn", 1, (14, 100, 94, 12), 1, "cat"),
+    cell("SalUn", 1, (82, 100, 94, 12), 1, "dog"),
+    cell("SalUn", 2, (38, 100, 94, 12), 1, "dog"),
+    cell("SalUn", 2, (0, 0, 0, 0), 1, "cat"),  # no retrained model of this seed and case
+]
+
+
+def test_gaps_are_paired_by_seed_and_case() -> None:
+    summary = summarise(keyed(CASED), TABLE)
+    # 4 / 4 = 1, 8 / 4 = 2 and 12 / 4 = 3; with another case's retrained model they would be ten times as large
+    assert summary["SalUn"]["gap"] == {"mean": pytest.approx(2), "std": pytest.approx(1), "runs": 3}
+    assert summary["SalUn"]["cost"]["mean"] == pytest.approx((1 / 10 + 1 / 20 + 1 / 40) / 3)
+    assert summary["SalUn"]["UA"]["runs"] == 4
+    assert summary["original"]["cost"]["mean"] == pytest.approx((8 / 10 + 8 / 20) / 2)
+
+
+def test_the_caption_names_seeds_and_cases() -> None:
+    results = keyed(CASED)
+    table = markdown(summarise(results, TABLE), results, TABLE)
+    assert "Mean ± standard deviation over the seeds 1, 2 and the cases cat, dog, in percent" in table
+    assert "One row again by itself (seed 1, cat):" in table
+    assert "- SalUn: `python train.py fit SalUn 1 cat`" in table
+    assert "fit SalUn 1 dog" not in table
+
+
+def test_without_cases_the_caption_names_none(results: Any) -> None:
+    table = markdown(summarise(results, TABLE), results, TABLE)
+    assert "over the seeds 1, 2, 3, in percent (avg. gap: percentage points)." in table
+    assert "case" not in table
+    assert "One row again by itself (seed 1):" in table
+
+
+def test_other_columns_without_a_gap() -> None:
+    table = Table("Retrain", metrics=["entropy", "FID"], gap=False)
+    results = keyed([cell("Retrain", 1, (0, 0, 0, 0), 10), cell("ESD", 1, (0, 0, 0, 0), 5)])
+    for result, fid in zip(results.values(), (3.0, 4.5), strict=True):
+        result["metrics"] = {"entropy": 0.25, "FID": fid, "acc/cat": 1.0}
+    summary = summarise(results, table)
+    assert summary["ESD"].keys() == {"entropy", "FID", "cost"}
+    lines = markdown(summary, results, table).splitlines()
+    assert lines[0] == "| | entropy | FID | run time |"
+    assert lines[3] == "| ESD | 0.25 ± 0.00 | 4.50 ± 0.00 | 0.500 ± 0.000 |"
+    text = "\n".join(lines)
+    assert "gap" not in text
+    assert "percentage points" not in text
+    assert "entropy: of the classifier's answer" in text
+    assert "FID: distance of generated images" in text
+    assert "UA: unlearning accuracy" not in text
+
+
+def test_the_gap_is_over_the_columns_alone() -> None:
+    table = Table("Retrain", metrics=["UA", "TA"])
+    results = keyed(CASED)
+    assert summarise(results, table)["SalUn"]["gap"]["mean"] == pytest.approx(4)  # 4 / 2, 8 / 2 and 12 / 2
+    assert "mean absolute difference of UA and TA to the Retrain model" in markdown(summarise(results, table), results, table)
+
+
+def test_a_gap_over_one_column_reads_well() -> None:
+    table = Table("Retrain", metrics=["UA"])
+    results = keyed(CASED)
+    assert "mean absolute difference of UA to the Retrain model" in markdown(summarise(results, table), results, table)
+
+
+@pytest.mark.parametrize("gap", [True, False])
+def test_a_figure_that_a_run_lacks_is_left_out(gap: bool) -> None:
+    """A model that retains nothing has no FID: the other rows are reported all the same."""
+    table = Table("Retrain", metrics=["UA", "FID"], gap=gap)
+    results = keyed(CASED)
+    for (row, _), result in results.items():
+        if row != "SalUn":
+            result["metrics"]["FID"] = 3.0
+    lines = markdown(summarise(results, table), results, table).splitlines()
+    cells = next(line for line in lines if line.startswith("| SalUn")).split(" | ")
+    assert cells[2] == "-"
+    assert cells[1].startswith("33.50 ± ")
+
+
+def generators(*counts: tuple[float, float, str]) -> dict[tuple[str, Any], dict[str, Any]]:
+    results = keyed([cell(f"row {i}", 1, (0, 0, 0, 0), 1, "cat") for i in range(len(counts))])
+    for result, (generated, real, features) in zip(results.values(), counts, strict=True):
+        result["metrics"] |= {"FID": 1.0, "num_generated": generated, "num_real": real}
+        result["features"] = features
+    return results
+
+
+DIFFER = "Rows were measured with different numbers of images or features: their FID cannot be compared."
+
+
+def caption(results: dict[tuple[str, Any], dict[str, Any]], **kwargs: Any) -> list[str]:
+    table = Table("row 0", metrics=["FID"], gap=False)
+    return markdown(summarise(results, table), results, table, **kwargs).splitlines()
+
+
+def test_numbers_of_images_and_features_are_told() -> None:
+    lines = caption(generators((900, 1300, "Judge"), (900, 1300, "Judge")))
+    assert "FID of 900 generated images against 1300 of the training set, features: Judge." in lines
+    assert sum(line.startswith("FID of") for line in lines) == 1
+    assert DIFFER not in lines
+
+
+@pytest.mark.parametrize("other", [(800, 1300, "Judge"), (900, 1299, "Judge"), (900, 1300, "Inception")])
+def test_rows_that_cannot_be_compared_are_told(other: tuple[float, float, str]) -> None:
+    lines = caption(generators((900, 1300, "Judge"), other))
+    assert DIFFER in lines
+    assert sum(line.startswith("FID of") for line in lines) == 2
+    assert f"FID of {other[0]} generated images against {other[1]} of the training set, features: {other[2]}." in lines
+
+
+def test_cases_may_differ_in_their_images() -> None:
+    """There are more images of one class than of another."""
+    results = generators((900, 1300, "Judge"), (900, 1300, "Judge"))
+    dogs = {(row, (1, "dog")): {**result, "case": "dog"} for (row, _), result in results.items()}
+    for result in dogs.values():
+        result["metrics"] = {**result["metrics"], "num_real": 1200}
+    lines = caption({**results, **dogs})
+    assert DIFFER not in lines
+    assert [line[:46] for line in lines if line.startswith("FID of")] == [
+        "FID of 900 generated images against 1200 of th",
+        "FID of 900 generated images against 1300 of th",
+    ]
+
+
+def test_classifiers_have_no_line_on_images(results: Any) -> None:
+    table = markdown(summarise(results, TABLE), results, TABLE)
+    assert "FID" not in table
+    assert DIFFER not in table
+
+
+def test_the_accuracy_of_the_judge_is_told() -> None:
+    first = {"judge": {"metrics": {"TA": 97.456, "UA": 3.0}}, "encoder": {"metrics": {"loss": 1.0}}}
+    lines = caption(generators((1, 1, "Judge")), first=first)
+    assert "The model called judge: TA 97.46 (accuracy on the test set, in percent)." in lines
+    assert not any("encoder" in line for line in lines)
+
+
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Collects the texts of each figure that is drawn from now on."""
+    from matplotlib import pyplot as plt
+
+    figures: list[list[str]] = []
+    close = plt.close
+
+    def noted() -> None:
+        figures.append(_texts(plt.gcf()))
+        close()
+
+    monkeypatch.setattr(plt, "close", noted)
+    return figures
+
+
+def test_generators_have_no_confidence_to_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = drawn(monkeypatch)
+    table = Table("Retrain", metrics=["entropy", "UA"], gap=False)
+    results = keyed([cell("Retrain", 1, (0, 0, 0, 0), 10), cell("ESD", 1, (7, 0, 0, 0), 5)])
+    for result in results.values():
+        result["metrics"]["entropy"] = 0.5
+        result["forget_confidence"] = []
+    paths = plot(summarise(results, table), results, table, tmp_path)
+    assert [path.name for path in paths] == ["comparison.png"]
+    assert {"ESD", "entropy", "UA  [%]", "Retrain"} <= set(figures[0])
+    assert "avg. gap (lower is better)" not in figures[0]
+
+
+@pytest.mark.parametrize("gap", [True, False])
+def test_a_single_column_is_plotted(tmp_path: Path, gap: bool) -> None:
+    table = Table("Retrain", metrics=["UA"], gap=gap)
+    results = keyed([cell("Retrain", 1, (0, 0, 0, 0), 10), cell("ESD", 1, (7, 0, 0, 0), 5)])
+    paths = plot(summarise(results, table), results, table, tmp_path)
+    assert "comparison.png" in [path.name for path in paths]
+
+
+@pytest.mark.parametrize("rows", [["Retrain"], ["SalUn"], ["original", "SalUn"]])
+def test_part_of_the_rows_is_plotted(tmp_path: Path, rows: list[str]) -> None:
+    results = {key: result for key, result in keyed(CASED).items() if key[0] in rows}
+    paths = plot(summarise(results, TABLE), results, TABLE, tmp_path)
+    assert [path.name for path in paths] == ["comparison.png", "confidence.png"]

@@ -22,6 +22,7 @@ from salun_lightning.data import (
     ForgetRetainDataModule,
     ImageFolderDataModule,
     RandomCropFlip,
+    STL10DataModule,
     SVHNDataModule,
 )
 
@@ -87,7 +88,7 @@ def test_files_of_torchvision(tmp_path: Path, make: Callable[[Path], ForgetRetai
     assert sum(len(batch.targets) for batch in loaders["test"]) == 10
 
 
-@pytest.mark.parametrize("make", [CIFAR10DataModule, CIFAR100DataModule, SVHNDataModule])
+@pytest.mark.parametrize("make", [CIFAR10DataModule, CIFAR100DataModule, SVHNDataModule, STL10DataModule])
 def test_files_that_are_not_there(tmp_path: Path, make: Callable[..., ForgetRetainDataModule]) -> None:
     datamodule = make(root=tmp_path, download=False, forget=ForgetRandom(count=5))
     datamodule.prepare_data()
@@ -105,7 +106,76 @@ def test_cifar_is_augmented_unless_told_otherwise() -> None:
     assert transform(train_transform=other) is other
 
 
-@pytest.mark.parametrize("name", ["DigitsDataModule", "CIFAR10DataModule", "CIFAR100DataModule", "SVHNDataModule"])
+STL10_NAMES = ["airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck"]
+
+
+class SmallSTL10:
+    """Stands in for the data set of torchvision: images of one colour each, and what it was asked for."""
+
+    asked: list[dict[str, Any]]
+
+    def __init__(self, root: str, split: str = "train", download: bool = False) -> None:
+        self.asked.append({"root": root, "split": split, "download": download})
+        shades = torch.arange(20 if split == "train" else 30, dtype=torch.uint8) * 8
+        self.data = shades.view(-1, 1, 1, 1).repeat(1, 3, 96, 96).numpy()
+        self.labels = (np.arange(len(shades)) % 10).astype(np.uint8)
+        self.classes = STL10_NAMES
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@pytest.fixture
+def small_stl10(monkeypatch: pytest.MonkeyPatch) -> type[SmallSTL10]:
+    monkeypatch.setattr(SmallSTL10, "asked", [], raising=False)
+    monkeypatch.setattr("salun_lightning.data.stl10.STL10", SmallSTL10)
+    return SmallSTL10
+
+
+@pytest.mark.parametrize(("given", "size"), [({}, 64), ({"image_size": 32}, 32), ({"image_size": 96}, 96)])
+def test_stl10(small_stl10: type[SmallSTL10], tmp_path: Path, given: dict[str, int], size: int) -> None:
+    datamodule = STL10DataModule(tmp_path, forget=ForgetClasses(["cat"]), **given)
+    datamodule.setup()
+    assert datamodule.class_names == STL10_NAMES
+    assert datamodule.forget_indices.tolist() == [3, 13]
+    loaders = datamodule.test_dataloader()
+    counts = {name: sum(len(batch.targets) for batch in loader) for name, loader in loaders.items()}
+    assert counts == {"forget": 2, "retain": 18, "test": 27, "test_forget": 3}
+    for loader in loaders.values():
+        for batch in loader:
+            shades = (8 * batch.indices / 255).view(-1, 1, 1, 1).expand(-1, 3, size, size)
+            torch.testing.assert_close(batch.inputs, shades)
+            assert torch.equal(batch.targets, batch.indices % 10)
+    train, test, _ = datamodule.load()
+    assert (train.images.dtype, test.images.dtype) == (torch.uint8, torch.uint8)
+    assert (train.images.shape, test.images.shape) == ((20, 3, size, size), (30, 3, size, size))
+    assert {(request["root"], request["download"]) for request in small_stl10.asked} == {(str(tmp_path), False)}
+    assert {request["split"] for request in small_stl10.asked} == {"train", "test"}  # not what has no label
+
+
+@pytest.mark.parametrize("download", [True, False])
+def test_stl10_is_downloaded_only_if_it_may(small_stl10: type[SmallSTL10], tmp_path: Path, download: bool) -> None:
+    STL10DataModule(tmp_path, download=download, forget=ForgetClasses(["cat"])).prepare_data()
+    assert [request["download"] for request in small_stl10.asked] == [True] * download
+
+
+def test_stl10_is_scaled_without_aliasing(small_stl10: type[SmallSTL10], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pattern of single pixels becomes grey; without antialiasing some of its lines would come through."""
+    load = SmallSTL10.__init__
+
+    def striped(self: SmallSTL10, *arguments: Any, **options: Any) -> None:
+        load(self, *arguments, **options)
+        self.data[:] = 0
+        self.data[..., ::2] = 255
+
+    monkeypatch.setattr(SmallSTL10, "__init__", striped)
+    train, _, _ = STL10DataModule(forget=ForgetClasses(["cat"]), image_size=24).load()
+    assert (train.images[..., 2:-2].float() - 127.5).abs().max() <= 16
+
+
+@pytest.mark.parametrize(
+    "name", ["DigitsDataModule", "CIFAR10DataModule", "CIFAR100DataModule", "SVHNDataModule", "STL10DataModule"]
+)
 def test_a_configuration_with_all_defaults_can_be_written_and_read(name: str) -> None:
     parser = ArgumentParser()
     parser.add_argument("--data", type=ForgetRetainDataModule)

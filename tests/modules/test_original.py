@@ -198,7 +198,7 @@ def test_a_file_that_holds_something_else(tmp_path: Path, content: Any, message:
 @pytest.mark.parametrize("stage", ["fit", "test"])
 def test_missing_file(tmp_path: Path, stage: str) -> None:
     module = classifier(original=tmp_path / "gone.ckpt")
-    with pytest.raises(FileNotFoundError, match=r"There is no original model at '.*gone.ckpt'. Train it first"):
+    with pytest.raises(FileNotFoundError, match=r"There is no model at '.*gone.ckpt'. Train it first"):
         getattr(trainer(tmp_path, max_epochs=1), stage)(module, datamodule=digits())
 
 
