@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Timer
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import make_grid
 from typing_extensions import override
 
 from salun_lightning.comparison.files import read_json, write_json
@@ -54,7 +55,10 @@ def run(cell: Cell) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if cli.trainer.strategy.root_device.type == "cuda" else "cpu",
         "features": getattr(getattr(cli.model, "quality", None), "description", None),
         "forget_confidence": evidence.confidence,
-        "sampled_classes": [cli.datamodule.class_names[target] for target in sorted(evidence.samples)],
+        "sampled_classes": [cli.datamodule.class_names[number] for number in sorted(evidence.samples)],
+        "forgotten_classes": [
+            cli.datamodule.class_names[number] for number in getattr(cli.datamodule, "forgotten_classes", [])
+        ],
         **_mask_facts(cli.trainer, cell.folder),
     }
     write_json(cell.folder / "result.json", result)
@@ -96,8 +100,9 @@ class _Evidence(Callback):
                     self.samples.setdefault(target, {})[index] = image.cpu()
 
     def save_samples(self, path: Path) -> None:
-        """Save a picture with a row of images for each class."""
+        """Save a picture with a row of images for each class, a pixel apart."""
         if self.samples:
-            rows = [torch.cat([images[index] for index in sorted(images)], dim=2) for _, images in sorted(self.samples.items())]
+            images = [numbered[index] for _, numbered in sorted(self.samples.items()) for index in sorted(numbered)]
+            grid = make_grid(torch.stack(images), nrow=len(images) // len(self.samples), padding=1, pad_value=127)
             path.parent.mkdir(parents=True, exist_ok=True)
-            to_pil_image(torch.cat(rows, dim=1)).save(path)
+            to_pil_image(grid[:1] if len(images[0]) == 1 else grid).save(path)  # it makes grey images coloured

@@ -121,16 +121,28 @@ def _draw_masks(plt: Any, results: Results) -> None:
 
 
 def _draw_samples(plt: Any, cells: Sequence[Cell]) -> None:
-    """A column for each model, a row for each class; the same place is the same noise."""
+    """A panel for each model, a row for each class; the same place is the same noise."""
     results = [cell.result or {} for cell in cells]
-    names = results[0]["sampled_classes"]
-    _, axes = plt.subplots(1, len(cells), figsize=(2.2 * len(cells), 0.29 * len(names) + 0.6), squeeze=False)
-    for axis, cell, result in zip(axes[0], cells, results, strict=True):
-        axis.imshow(plt.imread(cell.samples), cmap="gray", interpolation="nearest", aspect="auto")
+    names, forgotten = results[0]["sampled_classes"], results[0]["forgotten_classes"]
+    size = (2.1 * len(cells), 0.32 * len(names) + 0.6)
+    _, (axes,) = plt.subplots(1, len(cells), figsize=size, squeeze=False, gridspec_kw={"wspace": 0.3})
+    for axis, cell, result in zip(axes, cells, results, strict=True):
+        picture = plt.imread(cell.samples)
+        height = picture.shape[0] / len(names)
+        axis.imshow(picture, cmap="gray", interpolation="nearest", aspect="auto")
         axis.set_title(cell.row, fontsize=10)
-        height = plt.imread(cell.samples).shape[0] / len(names)
-        accuracies = [result["metrics"].get(f"acc/{name}") for name in names]
-        labels = [name if value is None else f"{name}  {value:.0f}" for name, value in zip(names, accuracies, strict=True)]
-        axis.set_yticks([(i + 0.5) * height - 0.5 for i in range(len(names))], labels, fontsize=7)
         axis.set_xticks([])
-    axes[0][0].set_ylabel("class, and how many per cent are recognised", fontsize=8)
+        axis.set_yticks([(i + 0.5) * height - 0.5 for i in range(len(names))], names if axis is axes[0] else [])
+        axis.tick_params(length=0, labelsize=9)
+        for i, name in enumerate(names):
+            accuracy = result["metrics"].get(f"acc/{name}")
+            if accuracy is not None:
+                style = {"color": "red", "weight": "bold"} if name in forgotten else {}
+                place = (1.03, 1 - (i + 0.5) / len(names))
+                axis.text(*place, f"{accuracy:.0f}", transform=axis.transAxes, fontsize=8, va="center", **style)
+        for spine in axis.spines.values():
+            spine.set_visible(False)
+    for label in axes[0].get_yticklabels():
+        if label.get_text() in forgotten:
+            label.set(color="red", weight="bold")
+    axes[0].set_ylabel("class (right: % recognised)", fontsize=9)

@@ -34,7 +34,7 @@ class ESD(Method):
     needs_original = True
 
     def __init__(self, strength: float = 1.0, start_guidance: float = 3.0) -> None:
-        if strength < 0:
+        if not strength >= 0:
             raise ValueError(f"strength must not be negative, got {strength}.")
         self.strength = strength
         self.start_guidance = start_guidance

@@ -30,15 +30,17 @@ class Remap(Method):
             a number is that class.
 
     Raises:
-        ValueError: ``alpha`` is negative, or the class to remap to is not retained.
+        ValueError: ``alpha`` is negative, there is no such ``to``, or that class is to be forgotten itself.
     """
 
     order: Order = "paired"
     needs_original = True
 
     def __init__(self, alpha: float = 1.0, to: Literal["next", "random"] | int = "next") -> None:
-        if alpha < 0:
+        if not alpha >= 0:
             raise ValueError(f"alpha must not be negative, got {alpha}.")
+        if not isinstance(to, int) and to not in ("next", "random"):
+            raise ValueError(f"to must be next, random or the number of a class, got {to}.")
         self.alpha = alpha
         self.to = to
 
@@ -47,6 +49,8 @@ class Remap(Method):
         retained = self.denoiser(module).retained_classes.tolist()
         if isinstance(self.to, int) and self.to not in retained:
             raise ValueError(f"Class {self.to} cannot stand in for what is forgotten: the retained classes are {retained}.")
+        if isinstance(self.to, int) and len(retained) == module.num_classes:
+            raise ValueError(f"Class {self.to} cannot stand in for itself: no class is forgotten whole. Use next or random.")
         if module.num_classes < 2 or not retained:
             raise ValueError("No class is retained that a forgotten one could be remapped to.")
 

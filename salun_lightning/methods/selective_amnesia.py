@@ -1,6 +1,7 @@
 """Selective Amnesia: learn noise in the place of a class, tied to the weights that everything else needs."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from lightning.pytorch import LightningModule
@@ -42,7 +43,7 @@ class SelectiveAmnesia(Method):
     needs_original = True
 
     def __init__(self, fisher_weight: float = 1e4, replay_weight: float = 1.0, images: int = 50, timesteps: int = 20) -> None:
-        if fisher_weight < 0 or replay_weight < 0:
+        if not (fisher_weight >= 0 and replay_weight >= 0):
             raise ValueError(f"The weights must not be negative, got {fisher_weight} and {replay_weight}.")
         if images < 1 or timesteps < 1:
             raise ValueError(f"images and timesteps must be positive, got {images} and {timesteps}.")
@@ -60,13 +61,14 @@ class SelectiveAmnesia(Method):
         drawn = self._drawn(model)
         retained = torch.isin(drawn.targets, model.retained_classes.to(drawn.targets.device))
         self._replay = Samples(*(field[retained] for field in drawn))
-        fisher = saliency_scores(
-            module,
-            _in_batches(drawn),
-            "fisher",
-            strategy=module.trainer.strategy,
-            loss=lambda image: model.seeded_loss(_repeated(image, self.timesteps)),
-        )
+        with _original_weights(model):
+            fisher = saliency_scores(
+                module,
+                _in_batches(drawn),
+                "fisher",
+                strategy=module.trainer.strategy,
+                loss=lambda image: model.seeded_loss(_repeated(image, self.timesteps)),
+            )
         originals = dict(model.reference.named_parameters())
         self._tied = [
             (weight, originals[name], fisher[plain_name(name)] / len(drawn.targets))
@@ -75,7 +77,7 @@ class SelectiveAmnesia(Method):
         ]
 
     def _drawn(self, model: Denoiser) -> Samples:
-        """Images of every class by the original model, which is also what the network is, unless training is resumed."""
+        """Images of every class by the original model."""
         numbers = torch.arange(model.num_classes * self.images)
         wanted = Samples(numbers, numbers // self.images, numbers)
         with torch.no_grad():
@@ -93,6 +95,17 @@ class SelectiveAmnesia(Method):
         for weight, original, importance in self._tied:
             loss = loss + self.fisher_weight * (importance * (weight - original).square()).sum()
         return loss
+
+
+@contextmanager
+def _original_weights(model: Denoiser) -> Iterator[None]:
+    """The network with the original weights, which it no longer has when training is resumed."""
+    now = {name: tensor.clone() for name, tensor in model.network.state_dict().items()}
+    model.network.load_state_dict(model.reference.state_dict())
+    try:
+        yield
+    finally:
+        model.network.load_state_dict(now)
 
 
 def _in_batches(samples: Samples) -> Iterator[Samples]:

@@ -87,9 +87,13 @@ class UnlearningModule(LightningModule, ABC):
     @override
     def setup(self, stage: str) -> None:
         if stage == "fit":  # before the strategy wraps or shards the network; a resumed run restores its own weights later
+            used = self._started  # the network may hold other weights, of training or of a test before
             self._start()
             if self.method.needs_original:
-                self._reference = [deepcopy(self.network).eval().requires_grad_(False)]
+                reference = deepcopy(self.network).eval().requires_grad_(False)
+                if used and self.original is not None:
+                    load_weights(reference, read_checkpoint(self.original))
+                self._reference = [reference]
 
     @property
     def reference(self) -> nn.Module:
@@ -129,8 +133,16 @@ class UnlearningModule(LightningModule, ABC):
         for part in checkpoint.values():  # one of them may be the state of the datamodule, under the name of its class
             if isinstance(datamodule, ForgetRetainDataModule) and isinstance(part, Mapping) and "training_set" in part:
                 datamodule.check_training_set(part)
+        self.check_original(checkpoint)
         load_weights(self.network, checkpoint)
         self._started = True
+
+    def check_original(self, checkpoint: Mapping[str, Any]) -> None:
+        """Refuse an original model that does not fit this module; by default any does whose weights fit the network.
+
+        Args:
+            checkpoint: What ``read_checkpoint`` returned.
+        """
 
     @override
     def on_train_start(self) -> None:

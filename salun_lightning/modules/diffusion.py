@@ -1,6 +1,7 @@
 """Class-conditional diffusion models."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from typing_extensions import override
 from salun_lightning.data import Requested, Samples, run_seed
 from salun_lightning.metrics import GenerationQuality
 from salun_lightning.modules.base import UnlearningModule, set_name
-from salun_lightning.modules.sampling import Sampling, generators, noise_of, run, sampler, training_process
+from salun_lightning.modules.sampling import PROCESS, Sampling, generators, noise_of, run, sampler, training_process
 from salun_lightning.networks.pipeline import save_pipeline
 
 
@@ -89,6 +90,31 @@ class ClassDiffusion(UnlearningModule):
         forgotten = getattr(self.datamodule, "forgotten_classes", [])
         self._retained = torch.tensor([number for number in range(classes) if number not in forgotten], dtype=torch.int64)
         super().setup(stage)
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["noise_schedule"] = {key: self.process.config[key] for key in PROCESS}
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self.check_original(checkpoint)
+
+    @override
+    def check_original(self, checkpoint: Mapping[str, Any]) -> None:
+        """Refuse a model that was trained with another noise schedule, or to predict something else.
+
+        Raises:
+            ValueError: A setting differs.
+        """
+        schedule = checkpoint.get("noise_schedule", {})
+        for key in PROCESS:
+            own = self.process.config[key]
+            if schedule.get(key, own) != own:
+                raise ValueError(
+                    f"The checkpoint was trained with another noise schedule: {key} {schedule[key]}, here it is {own}. Give the"
+                    " noise_scheduler that it was trained with."
+                )
 
     @property
     def retained_classes(self) -> Tensor:
@@ -237,7 +263,7 @@ class ClassDiffusion(UnlearningModule):
         def predict(noisy: Tensor, timestep: Tensor) -> Tensor:
             return self.guided(noisy, timestep.expand(len(noisy)), targets, guidance, original=True)
 
-        noise = torch.randn(len(targets), *self.image_shape, device=self.device)
+        noise = torch.randn(len(targets), *self.image_shape, dtype=torch.float32, device=self.device)
         return run(ddim, predict, noise, stop=stop), ddim.timesteps[stop].expand(len(targets))
 
     @property

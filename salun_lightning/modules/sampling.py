@@ -11,7 +11,7 @@ from torch import Tensor
 
 from salun_lightning.data import epoch_seed
 
-_PROCESS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
+PROCESS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def sampler(scheduler: Any, process: DDPMScheduler) -> Any:
     kind = DDIMScheduler if scheduler is None else type(scheduler)
     if not hasattr(kind, "from_config") or not (scheduler is None or hasattr(scheduler, "alphas_cumprod")):
         raise ValueError(f"{kind.__name__} does not fit: it samples from another kind of process than the one trained on.")
-    trained = {key: process.config[key] for key in _PROCESS}
+    trained = {key: process.config[key] for key in PROCESS}
     own = {} if scheduler is None else _own(scheduler)
     fitted = kind.from_config({"_class_name": "DDPMScheduler", **_own(process), **trained, **own})
     _check_same(fitted, process)
@@ -106,8 +106,8 @@ def generators(targets: Tensor, indices: Tensor, seed: int) -> list[torch.Genera
 
 
 def noise_of(generators: list[torch.Generator], shape: torch.Size | tuple[int, ...], device: torch.device) -> Tensor:
-    """Gaussian noise (B, *shape), a row from each generator."""
-    return torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
+    """Gaussian noise (B, *shape), a row from each generator, in float32 whatever the precision."""
+    return torch.stack([torch.randn(shape, generator=generator, dtype=torch.float32) for generator in generators]).to(device)
 
 
 def run(

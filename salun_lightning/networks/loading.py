@@ -48,8 +48,8 @@ def load_weights(network: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     Raises:
         ValueError: A name is missing or unknown, or a shape or the architecture differs.
     """
-    if "config" in checkpoint:
-        check_architecture(network, checkpoint["config"])
+    if "network_config" in checkpoint:
+        check_architecture(network, checkpoint["network_config"])
     state: Mapping[str, Tensor] = checkpoint.get("state_dict", checkpoint)
     given = {plain_name(name): tensor for name, tensor in state.items()}
     wanted = {plain_name(name): name for name in network.state_dict()}

@@ -33,31 +33,52 @@ def save_pipeline(network: nn.Module, scheduler: Any, folder: Path) -> None:
         )
     if folder.exists() and not (folder / "model_index.json").is_file():
         raise ValueError(f"'{folder}' is there and is not a pipeline directory, so it is not replaced.")
-    unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.part")
-    DDPMPipeline(unet=network, scheduler=scheduler).save_pretrained(unfinished)
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.replace(unfinished, folder)
+    unfinished, replaced = (folder.with_name(f"{folder.name}.{os.getpid()}.{word}") for word in ("part", "old"))
+    try:
+        DDPMPipeline(unet=network, scheduler=scheduler).save_pretrained(unfinished)
+        if folder.exists():
+            os.replace(folder, replaced)
+        os.replace(unfinished, folder)
+    finally:
+        if replaced.exists() and not folder.exists():  # it broke off in between
+            os.replace(replaced, folder)
+        for leftover in (unfinished, replaced):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def read_pipeline(folder: Path) -> dict[str, Any]:
-    """Read the weights and the configuration of the network of a pipeline directory.
+    """Read a pipeline directory: the weights and the configuration of its network, and its noise schedule.
 
     Returns:
-        ``state_dict`` and ``config``.
+        ``state_dict``, ``network_config`` and ``noise_schedule``.
 
     Raises:
-        ValueError: It is no such directory, or has no network in one file of safetensors.
+        ValueError: It is no such directory, is damaged, or has no network in one file of safetensors.
     """
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"'{folder}' is not a pipeline directory: it holds no model_index.json.")
-    for component in _COMPONENTS:
-        if (folder / component / "config.json").is_file():
-            if not (folder / component / _WEIGHTS).is_file():
-                raise ValueError(f"'{folder / component}' holds no {_WEIGHTS}. Save the pipeline with safe_serialization=True.")
-            config = json.loads((folder / component / "config.json").read_text(encoding="utf-8"))
-            return {"state_dict": dict(load_file(folder / component / _WEIGHTS)), "config": config}
-    raise ValueError(f"The pipeline '{folder}' holds no network under {' or '.join(_COMPONENTS)}.")
+    networks = [folder / name for name in _COMPONENTS if (folder / name / "config.json").is_file()]
+    if not networks:
+        raise ValueError(f"The pipeline '{folder}' holds no network under {' or '.join(_COMPONENTS)}.")
+    weights = networks[0] / _WEIGHTS
+    if weights.with_name(f"{_WEIGHTS}.index.json").is_file():
+        raise ValueError(f"'{networks[0]}' holds its weights in several files. Save it with a larger max_shard_size.")
+    if not weights.is_file():
+        raise ValueError(f"'{networks[0]}' holds no {_WEIGHTS}. Save the pipeline with safe_serialization=True and no variant.")
+    schedule = folder / "scheduler" / "scheduler_config.json"
+    try:
+        return {
+            "state_dict": dict(load_file(weights)),
+            "network_config": _read_json(networks[0] / "config.json"),
+            "noise_schedule": _read_json(schedule) if schedule.is_file() else {},
+        }
+    except Exception as error:
+        raise ValueError(f"'{folder}' cannot be read as a pipeline; a file may be truncated: {error}") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
 
 
 def check_architecture(network: nn.Module, config: dict[str, Any]) -> None:

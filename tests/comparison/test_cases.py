@@ -219,6 +219,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[Cell]:
                 "features": "Judge",
                 "forget_confidence": [],
                 "sampled_classes": [],
+                "forgotten_classes": [],
             },
         )
         return cell.result or {}

@@ -154,7 +154,7 @@ def test_the_grids_show_every_row(folder: Path) -> None:
     for case in CASES:
         shown = texts[f"samples-{case}.png"]
         assert set(ROWS) <= set(shown)
-        assert all(any(text.split("  ")[0] == name for text in shown) for name in CLASSES)
+        assert set(CLASSES) <= set(shown)
 
 
 def test_the_grid_of_a_cell_holds_the_first_images_of_each_class(folder: Path, report: dict[str, Any]) -> None:
@@ -162,7 +162,7 @@ def test_the_grid_of_a_cell_holds_the_first_images_of_each_class(folder: Path, r
         assert cell["sampled_classes"] == CLASSES
         place = folder / "out" / row.lower() / f"seed-1-{case}"
         with Image.open(place / "samples.png") as picture:
-            assert (picture.mode, picture.size) == ("L", (8 * SHOWN, 8 * len(CLASSES)))
+            assert (picture.mode, picture.size) == ("L", (9 * SHOWN + 1, 9 * len(CLASSES) + 1))  # a pixel apart
 
 
 TIMER = "ignore:Be aware that when using `ckpt_path`, callbacks used to create the checkpoint"  # it timed the training
@@ -184,7 +184,8 @@ def test_the_grids_are_of_what_the_model_generates(folder: Path, report: dict[st
         for column, file in enumerate(files[:SHOWN]):
             with Image.open(file) as picture:
                 own = np.asarray(picture).astype(int)
-            shown = grid[8 * line : 8 * line + 8, 8 * column : 8 * column + 8].astype(int)
+            top, left = 9 * line + 1, 9 * column + 1
+            shown = grid[top : top + 8, left : left + 8].astype(int)
             assert abs(own - shown).max() <= 1  # sampled in other batches
 
 
@@ -250,7 +251,7 @@ def test_a_cell_that_was_killed_while_testing_is_not_trained_again(
 def sampled(out: Path, row: str, seed: int, case: str, metrics: dict[str, float], picture: bool = True) -> Cell:
     """A finished cell with a picture of two classes, which is as grey as its seed says."""
     cell = Cell(row, seed, case, out / row / f"{seed}-{case}", (), "key")
-    result = {"key": "key", "metrics": metrics, "sampled_classes": ["cat", "dog"]}
+    result = {"key": "key", "metrics": metrics, "sampled_classes": ["cat", "dog"], "forgotten_classes": ["cat"]}
     write_json(cell.folder / "result.json", result)
     if picture:
         Image.new("L", (64, 16), 100 * seed).save(cell.samples)
@@ -277,7 +278,7 @@ def test_the_grids_are_of_the_first_seed_and_each_case(tmp_path: Path, monkeypat
     assert [path.name for path in paths] == ["samples-a-b.png", "samples-c.png"]
     assert all(path.is_file() for path in paths)
     assert greys == {"samples-a-b.png": [100, 100], "samples-c.png": [100]}
-    assert {"original", "ESD", "cat  97", "dog"} <= texts["samples-a-b.png"]
+    assert {"original", "ESD", "cat", "97", "dog"} <= texts["samples-a-b.png"]
     assert "ESD" not in texts["samples-c.png"]
 
 
