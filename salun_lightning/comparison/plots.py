@@ -115,7 +115,7 @@ def _draw_masks(plt: Any, results: Results) -> None:
         axis.bar([x + i * width for x in range(len(layers))], [density[layer] for layer in layers], width, label=row)
     axis.set_xticks([x + 0.4 - 0.4 / len(masked) for x in range(len(layers))], layers, rotation=90, fontsize=7)
     axis.set_ylabel("fraction of the weights that may move")
-    axis.set_title("Saliency mask by layer, input to output (last run)", fontsize=11)
+    axis.set_title("Saliency mask by layer, as the network lists them (last run)", fontsize=11)
     axis.grid(axis="y", alpha=0.3)
     axis.legend(fontsize=9, loc="lower left", framealpha=1)
 
