@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -77,9 +77,14 @@ class UnlearningCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Save what diffusers can load, where the module knows how and its weights are not sharded."""
-        sharded = isinstance(self.trainer.strategy, ModelParallelStrategy)
-        if hasattr(self.model, "save_pretrained") and self.trainer.is_global_zero and not sharded:
-            self.model.save_pretrained(Path(self.trainer.default_root_dir) / "pipeline")
+        module: Any = self.model
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, WeightAveraging) and callback._average_model is not None:
+                module = callback._average_model.module  # a finished run that is resumed has it only there
+        network = getattr(module, "network", None)
+        known = hasattr(module, "save_pretrained") and hasattr(getattr(network, "_orig_mod", network), "save_pretrained")
+        if known and self.trainer.is_global_zero and not isinstance(self.trainer.strategy, ModelParallelStrategy):
+            module.save_pretrained(Path(self.trainer.default_root_dir) / "pipeline")
 
     def after_test(self) -> None:
         """Print each metric once; Lightning's own table (``--verbose true``) repeats them for every loader."""

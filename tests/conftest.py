@@ -15,7 +15,8 @@ def _one_thread() -> None:
 
 @pytest.fixture(autouse=True)
 def _no_leaks() -> Iterator[None]:
-    """One thread for each test (networks here are tiny), and the environment, the number of threads and the random state as they were."""
+    """A seed of its own and one thread (networks here are tiny); the environment and the number of threads as they were."""
+    os.environ.pop("PL_GLOBAL_SEED", None)  # what tests share may have set it
     environment, threads = dict(os.environ), torch.get_num_threads()
     torch.set_num_threads(1)
     torch.manual_seed(0)

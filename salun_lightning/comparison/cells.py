@@ -37,7 +37,7 @@ def run(cell: Cell) -> dict[str, Any]:
     if cell.trained is None:
         resumed = str(cell.checkpoint) if cell.checkpoint.is_file() else None
         cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=resumed, weights_only=True)
-        seconds, tested = timer.time_elapsed("train"), None
+        seconds, tested = timer.time_elapsed("train"), resumed  # where nothing was left to train, its average is only there
     else:
         seconds, tested = (cell.trained.result or {})["seconds"], str(cell.trained.checkpoint)
     (metrics,) = _merged(

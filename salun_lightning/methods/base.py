@@ -54,11 +54,11 @@ class Denoiser(Trainee, Protocol):
         """The prediction for classes (B,), or without a class; by the network in training or by the original model."""
         ...
 
-    def partly_sampled(self, targets: Tensor, guidance: float) -> tuple[Tensor, Tensor]:
-        """Where the original model is, after a random number of sampling steps, on its way to images of classes (B,).
+    def partly_sampled(self, targets: Tensor, guidance: float, steps: int) -> tuple[Tensor, Tensor]:
+        """Where the original model is, after a random number out of ``steps``, on its way to images of classes (B,).
 
         Returns:
-            Noisy images and the timesteps (B,) of their noise.
+            Noisy images and timesteps (B,).
         """
         ...
 

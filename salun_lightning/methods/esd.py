@@ -25,25 +25,29 @@ class ESD(Method):
     Args:
         strength: :math:`\eta`, how far to the other side of the unconditional prediction.
         start_guidance: Guidance scale with which :math:`x_t` is sampled, in the convention of diffusers (1 is none).
+        steps: How many DDIM steps the whole way has. As released, t is drawn from the timesteps between two steps.
 
     Raises:
-        ValueError: ``strength`` is negative.
+        ValueError: ``strength`` is negative, or ``steps`` is not positive.
     """
 
     order: Order = "forget"
     needs_original = True
 
-    def __init__(self, strength: float = 1.0, start_guidance: float = 3.0) -> None:
+    def __init__(self, strength: float = 1.0, start_guidance: float = 3.0, steps: int = 50) -> None:
         if not strength >= 0:
             raise ValueError(f"strength must not be negative, got {strength}.")
+        if steps < 1:
+            raise ValueError(f"steps must be positive, got {steps}.")
         self.strength = strength
         self.start_guidance = start_guidance
+        self.steps = steps
 
     @override
     def loss(self, module: Trainee, batch: Mapping[str, Samples]) -> Tensor:
         model, targets = self.denoiser(module), self.part(batch, "forget").targets
         with torch.no_grad():
-            noisy, timesteps = model.partly_sampled(targets, self.start_guidance)
+            noisy, timesteps = model.partly_sampled(targets, self.start_guidance, self.steps)
             without = model.denoise(noisy, timesteps, original=True)
             toward = model.denoise(noisy, timesteps, targets, original=True) - without
         return functional.mse_loss(model.denoise(noisy, timesteps, targets), without - self.strength * toward)

@@ -128,7 +128,11 @@ class GenerationQuality(Metric):
 
     @torch.no_grad()
     def _look(self, images: Tensor) -> tuple[Tensor | None, Tensor]:
-        """Logits and features of images in [0, 1]."""
+        """Logits and features of images in [0, 1], in float32 whatever the precision of the model that made them."""
+        with torch.autocast(images.device.type, enabled=False):
+            return self._look_at(images.float())
+
+    def _look_at(self, images: Tensor) -> tuple[Tensor | None, Tensor]:
         classifier = self._classifier[0] if self._classifier else None
         if self._extractor:
             features = self._extractor[0](images).flatten(1).float()
@@ -153,7 +157,7 @@ class GenerationQuality(Metric):
         if "real" in values and "generated" in values:
             asked_for = values["target"][values["retained"]].unique()
             results |= self._compared(values["real"][torch.isin(values["real_target"], asked_for)], values["generated"])
-        return {name: value.float() for name, value in results.items()}
+        return {name: value.float().to(self.device) for name, value in results.items()}
 
     def _recognised(self, correct: Tensor, targets: Tensor, retained: Tensor, entropy: Tensor) -> dict[str, Tensor]:
         results = {}

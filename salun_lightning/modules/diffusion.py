@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from diffusers import SchedulerMixin
+from diffusers.models.embeddings import LabelEmbedding
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
@@ -29,8 +30,8 @@ class ClassDiffusion(UnlearningModule):
 
     Args:
         network: Called as ``network(noisy, timesteps, class_labels=classes, return_dict=False)``, it returns a tuple with the
-            prediction (B, C, H, W): a ``UNet2DModel`` or ``DiTTransformer2DModel`` of diffusers (which drops labels of its own
-            accord when it trains), or what has the same signature.
+            prediction (B, C, H, W): a ``UNet2DModel`` or ``DiTTransformer2DModel`` of diffusers, or what has the same
+            signature. Dropping labels of its own accord, as the latter does, is switched off.
         noise_scheduler: The noise schedule: any scheduler of diffusers that has one and predicts noise or velocity.
         null_class: The number that stands for no class, which guidance needs: one that no class of the data has, such as 10 for
             a network of 11 class embeddings and data of 10 classes.
@@ -71,6 +72,9 @@ class ClassDiffusion(UnlearningModule):
         self.label_dropout = label_dropout
         self.sampling = sampling
         self.quality = quality
+        for child in network.modules():
+            if isinstance(child, LabelEmbedding):
+                child.dropout_prob = 0.0
         if gradient_checkpointing:
             if not hasattr(network, "enable_gradient_checkpointing"):
                 raise ValueError(f"{type(network).__name__} offers no gradient checkpointing.")
@@ -246,25 +250,29 @@ class ClassDiffusion(UnlearningModule):
         images = run(self.scheduler, predict, noise_of(own, self.image_shape, self.device), own)
         return ((images + 1) / 2).clamp(0, 1)
 
-    def partly_sampled(self, targets: Tensor, guidance: float) -> tuple[Tensor, Tensor]:
+    def partly_sampled(self, targets: Tensor, guidance: float, steps: int) -> tuple[Tensor, Tensor]:
         """Where the original model is, after a random number of DDIM steps, on its way to images of these classes.
 
         Args:
             targets: Classes, int64 of shape (B,).
             guidance: Scale of classifier-free guidance.
+            steps: How many steps the whole way has.
 
         Returns:
-            Noisy images (B, C, H, W) and the timesteps (B,) of their noise.
+            Noisy images (B, C, H, W) and timesteps (B,), each drawn from those up to the last step that was taken.
         """
+        count = self.process.config.num_train_timesteps
+        steps = min(steps, count)
         ddim = sampler(None, self.process)
-        ddim.set_timesteps(self.sampling.steps, device=self.device)
+        ddim.set_timesteps(steps, device=self.device)
         stop = int(torch.randint(len(ddim.timesteps), ()))
 
         def predict(noisy: Tensor, timestep: Tensor) -> Tensor:
             return self.guided(noisy, timestep.expand(len(noisy)), targets, guidance, original=True)
 
         noise = torch.randn(len(targets), *self.image_shape, dtype=torch.float32, device=self.device)
-        return run(ddim, predict, noise, stop=stop), ddim.timesteps[stop].expand(len(targets))
+        timesteps = ddim.timesteps[stop] + torch.randint(count // steps, (len(targets),), device=self.device)
+        return run(ddim, predict, noise, stop=stop), timesteps.clamp(max=count - 1)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

@@ -26,7 +26,7 @@ def start(module: Attached, guidance: float) -> tuple[Tensor, Tensor]:
     for timestep in scheduler.timesteps[:stop]:
         toward, without = predictions(module, noisy, timestep.expand(6))
         noisy = scheduler.step(without + guidance * (toward - without), timestep, noisy).prev_sample
-    return noisy, scheduler.timesteps[stop].expand(6)
+    return noisy, scheduler.timesteps[stop] + torch.randint(STEPS // STEPS_OF_SAMPLING, (6,))
 
 
 def predictions(module: Attached, noisy: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
@@ -41,7 +41,7 @@ def predictions(module: Attached, noisy: Tensor, timesteps: Tensor) -> tuple[Ten
 def test_loss_and_gradient_are_those_of_the_reference(strength: float, guidance: float, seed: int) -> None:
     module = model().train()
     torch.manual_seed(seed)
-    loss = ESD(strength, guidance).loss(module, {"forget": SAMPLES})
+    loss = ESD(strength, guidance, STEPS_OF_SAMPLING).loss(module, {"forget": SAMPLES})
     torch.manual_seed(seed)
     with torch.no_grad():
         noisy, timesteps = start(module, guidance)

@@ -553,3 +553,11 @@ def test_retained_classes_are_those_not_forgotten_whole(tmp_path: Path) -> None:
         module.on_test_start = lambda module=module: found.append(module.retained_classes.tolist())  # type: ignore[misc]
         trainer(tmp_path).test(module, datamodule=images(forget=request), verbose=False)
     assert found == [[1], [0, 1, 2]]
+
+
+def test_a_transformer_drops_no_labels_of_its_own() -> None:
+    """It would drop the class in the part that is to be forgotten as well, in each block by itself."""
+    module = diffusion(transformer()).train()
+    samples = some_samples(4, size=8)
+    first, second = (module.denoise(samples.inputs, torch.full((4,), 3), samples.targets) for _ in range(2))
+    assert torch.equal(first, second)

@@ -288,3 +288,18 @@ def test_a_pipeline_in_several_files_is_refused_as_such(tmp_path: Path) -> None:
     assert len(list((tmp_path / "model" / "unet").glob("*.safetensors"))) > 1
     with pytest.raises(ValueError, match=r"^'.*model.unet' holds its weights in several files"):
         read_checkpoint(tmp_path / "model")
+
+
+def test_fit_ends_well_with_a_network_that_is_not_of_diffusers(tmp_path: Path) -> None:
+    """Its checkpoint is all there is to save."""
+    from salun_lightning.lightning_cli import UnlearningCLI
+
+    class Stopped(UnlearningCLI):
+        def __init__(self, module: Any) -> None:
+            self.model, self.trainer = module, trainer(tmp_path)
+
+    module = diffusion(Plain())
+    Stopped(module).after_fit()
+    assert not (tmp_path / "pipeline").exists()
+    Stopped(diffusion()).after_fit()
+    assert (tmp_path / "pipeline" / "model_index.json").is_file()
