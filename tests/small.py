@@ -1,5 +1,6 @@
 """Small data that the tests share. Every pixel of image number i is i, so that an image tells where it comes from."""
 
+import socket
 from typing import Any
 
 import torch
@@ -19,6 +20,14 @@ def numbers(inputs: Tensor) -> list[int]:
     """Which images a batch of untouched images holds."""
     assert torch.equal(inputs, inputs[:, :1, :1, :1].expand_as(inputs))
     return (inputs[:, 0, 0, 0] * 255).round().long().tolist()
+
+
+def free_port() -> int:
+    """Where processes can meet."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+    return port
 
 
 class Pairs(Dataset[Any]):

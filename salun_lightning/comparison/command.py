@@ -14,7 +14,7 @@ import salun_lightning
 from salun_lightning.comparison.files import write_json, write_text
 from salun_lightning.comparison.plan import Cell, Plan, Row
 from salun_lightning.comparison.plots import plot, plot_samples
-from salun_lightning.comparison.report import Table, average_gap, markdown, summarise
+from salun_lightning.comparison.report import METRICS, Table, average_gap, markdown, summarise
 
 
 def compare(
@@ -70,9 +70,8 @@ def compare(
     plan.add_first(first or {})
     plan.add(rows, seeds, cases or {})
     wanted = {cell for cell in plan.cells if cell.row in chosen}
-    for _ in range(2):  # the originals, and what trains those
-        wanted |= {needed for cell in wanted for needed in (cell.original, cell.trained) if needed is not None}
-    table = Table(reference, noise_floor, metrics or ["UA", "RA", "TA", "MIA"], gap)
+    wanted |= {needed for cell in wanted for needed in (cell.original, cell.trained) if needed is not None}
+    table = Table(reference, noise_floor, metrics or list(METRICS), gap)
     started = time.perf_counter()
     _run_all([*plan.first, *(cell for cell in plan.cells if cell in wanted)], table)
     return _report(list(rows), plan, table, time.perf_counter() - started)

@@ -8,6 +8,9 @@ from typing import Any
 Results = Mapping[tuple[str, Any], dict[str, Any]]
 """What each cell measured, by row and run (seed and case)."""
 
+METRICS = ("UA", "RA", "TA", "MIA")
+"""The columns of a comparison of classifiers."""
+
 _MEANING = {
     "UA": "UA: unlearning accuracy in percent, 100 minus the accuracy on what was forgotten.",
     "entropy": "entropy: of the classifier's answer to images of the forgotten class, in nats.",
@@ -29,7 +32,7 @@ class Table:
 
     reference: str = "Retrain"
     noise_floor: str | None = None
-    metrics: list[str] = field(default_factory=lambda: ["UA", "RA", "TA", "MIA"])
+    metrics: list[str] = field(default_factory=lambda: list(METRICS))
     gap: bool = True
 
 

@@ -133,7 +133,8 @@ class ForgetRetainDataModule(LightningDataModule):
                 )
         self.forgotten_classes = self.forget.classes(self.class_names)
         gone = torch.isin(test_targets, torch.tensor(self.forgotten_classes))
-        wanted = range(self.num_classes) if self.generated_classes is None else self._numbers(self.generated_classes)
+        asked = self.generated_classes
+        wanted = range(self.num_classes) if asked is None else ForgetClasses(asked).classes(self.class_names)
         self._requests = ImageRequests(wanted, self.generated_per_class)
         self._sets = {
             "forget": (train, self.forget_indices),
@@ -143,9 +144,6 @@ class ForgetRetainDataModule(LightningDataModule):
             "test_forget": (test, gone.nonzero().flatten()),
         }
         self._ready = True
-
-    def _numbers(self, names: list[int | str] | int | str) -> list[int]:
-        return ForgetClasses(names).classes(self.class_names)
 
     def _split_validation(self) -> tuple[Tensor, Tensor]:
         draw = np.random.RandomState(self.split_seed)  # its stream is frozen for good

@@ -68,6 +68,7 @@ class ClassDiffusion(UnlearningModule):
             )
         self.process = training_process(noise_scheduler)
         self.scheduler = sampler(sampling.scheduler, self.process)
+        self.ddim = sampler(None, self.process)
         self.null_class = null_class
         self.label_dropout = label_dropout
         self.sampling = sampling
@@ -263,16 +264,15 @@ class ClassDiffusion(UnlearningModule):
         """
         count = self.process.config.num_train_timesteps
         steps = min(steps, count)
-        ddim = sampler(None, self.process)
-        ddim.set_timesteps(steps, device=self.device)
-        stop = int(torch.randint(len(ddim.timesteps), ()))
+        self.ddim.set_timesteps(steps, device=self.device)
+        stop = int(torch.randint(len(self.ddim.timesteps), ()))
 
         def predict(noisy: Tensor, timestep: Tensor) -> Tensor:
             return self.guided(noisy, timestep.expand(len(noisy)), targets, guidance, original=True)
 
         noise = torch.randn(len(targets), *self.image_shape, dtype=torch.float32, device=self.device)
-        timesteps = ddim.timesteps[stop] + torch.randint(count // steps, (len(targets),), device=self.device)
-        return run(ddim, predict, noise, stop=stop), timesteps.clamp(max=count - 1)
+        timesteps = self.ddim.timesteps[stop] + torch.randint(count // steps, (len(targets),), device=self.device)
+        return run(self.ddim, predict, noise, stop=stop), timesteps.clamp(max=count - 1)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

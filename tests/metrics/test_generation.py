@@ -4,7 +4,6 @@ import importlib.util
 import json
 import multiprocessing
 import os
-import socket
 import subprocess
 import sys
 import warnings
@@ -21,6 +20,7 @@ from torch.nn import functional
 
 from salun_lightning.metrics import GenerationQuality
 from tests.metrics.test_manifold import brute_force
+from tests.small import free_port
 
 NAMES = ["cat", "dog", "owl"]
 COMPARED = {"num_real", "num_generated", "FID", "KID", "precision", "recall"}
@@ -444,10 +444,7 @@ def broken_features(folder: Path) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What processes found that this one started: each of them a fork, so that the imports are paid for once."""
     folder = tmp_path_factory.mktemp("processes")
-    with socket.socket() as any_free:
-        any_free.bind(("127.0.0.1", 0))
-        port = any_free.getsockname()[1]
-    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.metrics.test_generation", str(folder)]
     subprocess.run(command, env=environment, timeout=120, check=True)
     return folder

@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import resource
-import socket
 import subprocess
 import sys
 import warnings
@@ -22,7 +21,7 @@ from torch.utils.data import DataLoader
 from salun_lightning.data import ForgetRandom, ForgetRetainDataModule, Requested
 from salun_lightning.modules import ImageWriter, ProbabilityWriter
 from tests.modules.small_runs import classifier, digits, trainer
-from tests.small import numbered_images
+from tests.small import free_port, numbered_images
 
 NAMES = ["cat", "a/b c", "..", "Käfer-1.5"]
 FOLDERS = ["0-cat", "1-a_b_c", "2-..", "3-Käfer-1.5"]
@@ -224,10 +223,7 @@ def start_processes(folder: Path) -> None:
 
 
 def test_two_processes_write_what_one_does(tmp_path: Path) -> None:
-    with socket.socket() as any_free:
-        any_free.bind(("127.0.0.1", 0))
-        port = any_free.getsockname()[1]
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0", "OMP_NUM_THREADS": "1"}
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "NODE_RANK": "0", "OMP_NUM_THREADS": "1"}
     paint(tmp_path / "two", 9)  # what was there
     command = [sys.executable, "-m", "tests.modules.test_image_writer", str(tmp_path / "two")]
     subprocess.run(command, env={**os.environ, **meeting, "LOCAL_RANK": "0"}, timeout=120, check=True)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 from salun_lightning.modules import ProbabilityWriter
 from tests.metrics.test_membership import confidences, measured
 from tests.modules.small_runs import classifier, digits, train_original, trainer
+from tests.small import free_port
 
 
 @pytest.fixture(scope="module")
@@ -20,11 +20,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two")
     train_original(folder)
     command = [sys.executable, "-m", "tests.modules.two_processes", str(folder)]
-    with socket.socket() as any_free:
-        any_free.bind(("127.0.0.1", 0))
-        port = any_free.getsockname()[1]
     # as a cluster starts them: both at once
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0", "OMP_NUM_THREADS": "1"}
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "NODE_RANK": "0", "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(command, env={**os.environ, **meeting, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True)
         for rank in "01"

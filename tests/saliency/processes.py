@@ -1,7 +1,6 @@
 """What the tests of several processes run on each of them. Every scenario returns plain data, which the tests look at."""
 
 import os
-import socket
 import time
 from collections.abc import Callable
 from functools import partial
@@ -27,6 +26,7 @@ from salun_lightning.saliency import SaliencyMasking, Score
 from salun_lightning.saliency.selection import top_k_masks
 from salun_lightning.saliency.weights import weights_of
 from tests.saliency.helpers import Plain, PlainManual, fit, half_mask, images_and_targets, loader, quiet_trainer, sgd
+from tests.small import free_port
 
 FORGET = list(range(3, 25, 2))  # 11 samples: the two processes have uneven shares
 adamw = partial(torch.optim.AdamW, lr=0.02, weight_decay=0.1)
@@ -248,10 +248,12 @@ def run(rank: int, folder: Path, port: int, names: list[str] | None = None) -> N
 
 def run_both(folder: Path, names: list[str] | None = None, limit: float = 240) -> None:
     """Both processes; those that do not come to an end are ended."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    context = torch.multiprocessing.spawn(run, (folder, port, names), nprocs=2, join=False)
+    in_two_processes(run, folder, names, limit=limit)
+
+
+def in_two_processes(function: Callable[..., None], folder: Path, *arguments: Any, limit: float = 240) -> None:
+    """Call a function with the rank, the folder and a port to meet at, in each of two processes that are ended at the limit."""
+    context = torch.multiprocessing.spawn(function, (folder, free_port(), *arguments), nprocs=2, join=False)
     deadline = time.monotonic() + limit
     try:
         while not context.join(timeout=max(0, deadline - time.monotonic())):

@@ -1,8 +1,6 @@
 """Frozen means frozen in a diffusion model, whatever trains it: precisions, averages, resumed runs, and two processes."""
 
 import os
-import socket
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from salun_lightning.saliency import SaliencyMask, SaliencyMasking
 from tests.modules.small_diffusion import CLASSES, adamw, diffusion, images, saved, unet
 from tests.modules.small_runs import same, weights
 from tests.saliency.helpers import assert_frozen, copied, quiet_trainer, same_weights
+from tests.saliency.processes import in_two_processes
 
 RATIO = 0.3
 DTYPES = {"32-true": torch.float32, "bf16-mixed": torch.float32, "bf16-true": torch.bfloat16}
@@ -196,18 +195,7 @@ def one_of_two(rank: int, folder: Path, port: int) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes came to."""
     folder = tmp_path_factory.mktemp("diffusion")
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    context = torch.multiprocessing.spawn(one_of_two, (folder, port), nprocs=2, join=False)
-    deadline = time.monotonic() + 120
-    try:
-        while not context.join(timeout=max(0, deadline - time.monotonic())):
-            if time.monotonic() >= deadline:
-                raise TimeoutError("two processes did not come to an end")
-    finally:
-        for process in context.processes:
-            process.kill()
+    in_two_processes(one_of_two, folder, limit=120)
     return folder
 
 
