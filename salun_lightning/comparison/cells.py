@@ -12,8 +12,8 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 from typing_extensions import override
 
-from salun_lightning.comparison.files import read_json, write_json
 from salun_lightning.comparison.plan import Cell
+from salun_lightning.files import read_json, write_json
 from salun_lightning.lightning_cli import UnlearningCLI
 from salun_lightning.saliency import SaliencyMasking
 

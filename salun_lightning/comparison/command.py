@@ -11,10 +11,10 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 import salun_lightning
-from salun_lightning.comparison.files import write_json, write_text
 from salun_lightning.comparison.plan import Cell, Plan, Row
 from salun_lightning.comparison.plots import plot, plot_samples
 from salun_lightning.comparison.report import METRICS, Table, average_gap, markdown, summarise
+from salun_lightning.files import write_json, write_text
 
 
 def compare(

@@ -14,7 +14,7 @@ import yaml
 from jsonargparse.typing import Path_fr
 
 import salun_lightning
-from salun_lightning.comparison.files import read_json
+from salun_lightning.files import read_json
 
 
 @dataclass

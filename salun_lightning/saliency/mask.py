@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from salun_lightning.files import whole
 from salun_lightning.saliency.selection import num_kept, top_k_masks
 from salun_lightning.saliency.weights import plain_name, plain_names
 
@@ -201,14 +202,8 @@ class SaliencyMask(Mapping[str, Tensor]):
             "ratio": repr(self.ratio),
             "shapes": json.dumps(state["shapes"]),
         }
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")
-        try:
+        with whole(path) as unfinished:
             save_file(state["bits"], unfinished, metadata=header)
-            os.replace(unfinished, path)
-        finally:
-            unfinished.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:

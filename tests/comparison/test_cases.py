@@ -14,8 +14,8 @@ import yaml
 from jsonargparse.typing import Path_fr
 
 from salun_lightning.cli import main
-from salun_lightning.comparison.files import write_json
 from salun_lightning.comparison.plan import Cell, Plan, Row
+from salun_lightning.files import write_json
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "digits" / "diffusion"
 ROWS = {"Retrain": "retrain.yaml", "original": "original.yaml", "ESD": "esd.yaml", "SalUn": "salun.yaml"}

@@ -12,9 +12,9 @@ import yaml
 from PIL import Image
 
 from salun_lightning.cli import main
-from salun_lightning.comparison.files import write_json
 from salun_lightning.comparison.plan import Cell
 from salun_lightning.comparison.plots import plot_samples
+from salun_lightning.files import write_json
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "digits"
 ROWS = {"original": "original.yaml", "Retrain": "retrain.yaml", "SalUn": "salun.yaml"}
