@@ -16,6 +16,8 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from salun_lightning.saliency.twins import is_a
+
 _WHOLE = (SequentialSampler, RandomSampler, WeightedRandomSampler, DistributedSampler)
 
 
@@ -68,8 +70,8 @@ def _in_order(loader: Any, world_size: int) -> Iterable[Any]:
 
 def _positions(sampler: Any) -> list[Any] | None:
     """The samples that a sampler picks, each once, in order; None for the whole dataset."""
-    if isinstance(sampler, DistributedSamplerWrapper):
-        sampler = sampler.dataset._sampler  # type: ignore[attr-defined]  # Lightning put it around the user's
+    if is_a(sampler, DistributedSamplerWrapper):
+        sampler = sampler.dataset._sampler  # Lightning put it around the user's
     if isinstance(sampler, _WHOLE) or not isinstance(sampler, Sized):
         return None
     return sorted(set(sampler))  # type: ignore[call-overload]

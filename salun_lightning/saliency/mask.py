@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -9,13 +10,13 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from salun_lightning.files import whole
 from salun_lightning.saliency.selection import num_kept, top_k_masks
-from salun_lightning.saliency.weights import plain_name, plain_names
+from salun_lightning.saliency.weights import plain_name, plain_names, renamed
 
 _FORMAT = "salun_lightning.SaliencyMask/1"
 
@@ -149,6 +150,18 @@ class SaliencyMask(Mapping[str, Tensor]):
         packed = {n: (operation(bits, other._packed[n][0]), shape) for n, (bits, shape) in self._packed.items()}
         return SaliencyMask._of_packed(packed)
 
+    def fitted(self, names: Iterable[str]) -> Self:
+        """The same mask under the names of a network, where one prefix of all names is all that differs.
+
+        Args:
+            names: The network's weights, by plain name.
+
+        Raises:
+            ValueError: Several prefixes fit.
+        """
+        new = renamed(self, names)
+        return self._of_packed({new[name]: packed for name, packed in self._packed.items()}, self.ratio, self.metadata)
+
     def check_shapes(self, shapes: Mapping[str, torch.Size]) -> None:
         """Refuse a network that this mask was not made for.
 
@@ -210,9 +223,9 @@ class SaliencyMask(Mapping[str, Tensor]):
         """Read a mask. Nothing in the file is executed.
 
         Args:
-            path: A file written by :meth:`save`, a Lightning checkpoint of a masked run (``.ckpt``, or ``meta.pt`` in the
-                folder of a sharded one), or a mask of the released SalUn code such as ``with_0.5.pt`` (a dictionary of 0/1
-                tensors).
+            path: A file written by :meth:`save`, safetensors of 0/1 tensors (bool or uint8), a Lightning checkpoint of a masked
+                run (or ``meta.pt`` in the folder of a sharded one), or a mask of the released SalUn code such as
+                ``with_0.5.pt`` (a dictionary of 0/1 tensors). Its content tells which.
 
         Raises:
             FileNotFoundError: There is no such file.
@@ -222,7 +235,14 @@ class SaliencyMask(Mapping[str, Tensor]):
         if not path.is_file():
             raise FileNotFoundError(f"There is no saliency mask at '{path}'.")
         try:
-            return cls._read_torch(path) if path.suffix in {".pt", ".pth", ".ckpt"} else cls._read_safetensors(path)
+            with path.open("rb") as file:
+                start = file.read(2)
+            return cls._read_torch(path) if start[:1] == b"\x80" or start == b"PK" else cls._read_safetensors(path)
+        except pickle.UnpicklingError as error:  # what torch says here advises to switch its protection off
+            raise ValueError(
+                f"'{path}' cannot be read as a saliency mask: it holds more than tensors and plain data, of which nothing was"
+                " executed. Save the tensors of the mask alone."
+            ) from error
         except Exception as error:
             raise ValueError(
                 f"'{path}' cannot be read as a saliency mask, so it is damaged or a file of another kind: {error}"
@@ -232,27 +252,33 @@ class SaliencyMask(Mapping[str, Tensor]):
     def _read_safetensors(cls, path: Path) -> Self:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
-            if header.get("format") != _FORMAT:
-                raise SafetensorError("it was not written by SaliencyMask.save")
-            bits = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
+        if header.get("format") != _FORMAT:
+            if any(tensor.dtype not in {torch.bool, torch.uint8} for tensor in tensors.values()):
+                raise ValueError("it was not written by SaliencyMask.save, and its tensors are not bool or uint8")
+            return cls._of_tensors(tensors, "safetensors of zeros and ones")
         metadata = {key: text for key, text in header.items() if key not in {"format", "ratio", "shapes"}}
         shapes = json.loads(header["shapes"])
-        return cls.from_state_dict({"bits": bits, "shapes": shapes, "ratio": float(header["ratio"]), "metadata": metadata})
+        return cls.from_state_dict({"bits": tensors, "shapes": shapes, "ratio": float(header["ratio"]), "metadata": metadata})
 
     @classmethod
     def _read_torch(cls, path: Path) -> Self:
         content = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(content, Mapping):
             raise ValueError("it is not a dictionary")
-        if "callbacks" in content:
-            state = content["callbacks"].get("SaliencyMasking")
-            if not state:
-                raise ValueError("it is the checkpoint of a run without SaliencyMasking")
-            return cls.from_state_dict(state["mask"])
-        for name, tensor in content.items():
+        if "callbacks" not in content:
+            return cls._of_tensors(content, "released SalUn code")
+        state = content["callbacks"].get("SaliencyMasking")
+        if not state:
+            raise ValueError("it is the checkpoint of a run without SaliencyMasking")
+        return cls.from_state_dict(state["mask"])
+
+    @classmethod
+    def _of_tensors(cls, tensors: Mapping[str, Any], source: str) -> Self:
+        for name, tensor in tensors.items():
             if not isinstance(tensor, Tensor) or not ((tensor == 0) | (tensor == 1)).all():
                 raise ValueError(f"'{name}' is not a tensor of zeros and ones")
-        return cls(content, metadata={"source": "released SalUn code"})
+        return cls(tensors, metadata={"source": source})
 
 
 def _pack(mask: Tensor) -> Tensor:

@@ -1,62 +1,66 @@
 """The callback that decides which weights may move, and holds the others still."""
 
-import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
 from lightning.pytorch.strategies.xla import XLAStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
+from salun_lightning.saliency.averages import hold_averages, release_averages
 from salun_lightning.saliency.forget_set import forget_batches
+from salun_lightning.saliency.held import HeldModule, parameters_of
 from salun_lightning.saliency.mask import SaliencyMask
 from salun_lightning.saliency.scores import Score, check_score, saliency_scores
 from salun_lightning.saliency.selection import num_kept
-from salun_lightning.saliency.weights import bits_of, fingerprint, weights_of
+from salun_lightning.saliency.twins import is_a
+from salun_lightning.saliency.weights import fingerprint, weights_of
 
-_SERVED = SingleDeviceStrategy | DDPStrategy | ModelParallelStrategy
-_NOT_SERVED = DeepSpeedStrategy | XLAStrategy | SingleDeviceXLAStrategy  # though they derive from those
+_SERVED = SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy
+_NOT_SERVED = DeepSpeedStrategy, XLAStrategy, SingleDeviceXLAStrategy  # though they derive from those
+Uncovered = Literal["frozen", "free"]
 
 
 class SaliencyMasking(Callback):
     r"""Let only salient weights move: :math:`\theta_u = m_S \odot \theta + (1 - m_S) \odot \theta_o` (Fan et al., ICLR 2024).
 
-    Works with any LightningModule, datamodule and optimizer. When training starts, the mask is restored from the checkpoint
-    that is resumed, or loaded from ``mask``, or computed in one pass over the forget set: ``datamodule.forget_dataloader()``
-    where there is one, else the training loader (its ``forget`` part, if it has one), each sample once, in eval mode. From then
-    on
+    Works with any LightningModule (also of ``pytorch_lightning``), datamodule and optimizer. When training starts, the mask is
+    restored from the checkpoint that is resumed, or loaded from ``mask``, or computed in one pass over the forget set:
+    ``datamodule.forget_dataloader()`` where there is one, else the training loader (its ``forget`` part, if it has one), each
+    sample once, in eval mode. From then on
 
     - gradients outside the mask are zeroed before clipping, so a clipped norm is that of the weights that may move;
-    - after every optimizer step each weight outside the mask gets its original bits back, whatever momentum, weight decay or a
-      NaN made of it. The same holds for the average that Lightning's ``WeightAveraging`` / ``EMAWeightAveraging`` keeps.
+    - after every step of any optimizer each weight outside the mask gets its original bits back, whatever momentum, weight
+      decay or a NaN made of it. The same holds for the average that ``WeightAveraging`` / ``EMAWeightAveraging`` keeps;
+    - whatever else writes to it is undone before anybody can see it: at the end of each batch, before and after each
+      validation, at the end of each epoch, and before weights are saved.
 
     The original weights are those at the start of training, after a checkpoint was restored. The mask is part of the
-    checkpoint. When training ends, :attr:`report` tells how many weights could move, how many did since it was started or
-    resumed, and the largest change outside the mask, which is measured.
+    checkpoint. It covers the weights that an optimizer holds when training starts; others, such as those of a target network,
+    are left alone and do not count into the ratio. When training ends, :attr:`report` tells what was measured.
 
     Args:
-        ratio: The fraction of all trainable weights that may move, from 0 (none) to 1 (all).
+        ratio: The fraction of all covered weights that may move, from 0 (none) to 1 (all).
         mask: In place of ``ratio``: a mask, or a file that ``SaliencyMask.load`` reads.
         score: How salience is measured, see ``saliency_scores``.
         freeze_buffers: Whether buffers, such as the running statistics of BatchNorm, are put back after every batch. They are
             not weights; by default they move, as in the released code of the paper.
         seed: Seed of the ``random`` score.
+        uncovered: What becomes of weights that are trained and the mask does not cover: those that an optimizer gets in the
+            middle of training, or that ``mask`` leaves out. ``frozen`` holds them still, ``free`` lets them move.
 
     Raises:
         ValueError: ``ratio`` is out of range, not exactly one of ``ratio`` and ``mask`` is given, or there is no such score.
-        MisconfigurationException: The strategy holds weights in a form that cannot be masked (DeepSpeed, FSDP1, XLA), or the
-            checkpoint that is resumed was made with another mask.
+        MisconfigurationException: The strategy holds weights in a form that cannot be masked (DeepSpeed, FSDP1, XLA), the
+            checkpoint that is resumed was made with another mask or other settings, or a weight is replaced in mid-training.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -67,7 +71,9 @@ class SaliencyMasking(Callback):
     """The mask in force, from the start of training on."""
 
     report: dict[str, float]
-    """After training: ``num_weights``, ``num_kept``, ``num_moved`` and ``drift`` (largest change outside the mask)."""
+    """After training: ``num_weights``, ``num_kept`` (may move), ``num_moved`` (did since the start or the last resume),
+    ``num_uncovered``, ``num_without_optimizer`` (when training started), and ``drift``: the largest change outside the mask
+    that anything but a step made, at any time, before it was put back."""
 
     def __init__(
         self,
@@ -76,6 +82,7 @@ class SaliencyMasking(Callback):
         score: Score = "gradient",
         freeze_buffers: bool = False,
         seed: int = 0,
+        uncovered: Uncovered = "frozen",
     ) -> None:
         super().__init__()
         if (ratio is None) == (mask is None):
@@ -83,61 +90,85 @@ class SaliencyMasking(Callback):
         if ratio is not None:
             num_kept(ratio, 0)  # refuses what is not a ratio
         check_score(score)
+        if uncovered not in get_args(Uncovered):
+            raise ValueError(f"uncovered must be 'frozen' or 'free', got '{uncovered}'.")
         self.ratio = ratio
         self.given = mask
         self.score = score
-        self.freeze_buffers = freeze_buffers
         self.seed = seed
+        self.policy = {"freeze_buffers": freeze_buffers, "uncovered": uncovered}
         self.mask = None
         self.report = {}
-        self._held: dict[Tensor, _Held] = {}
-        self._held_buffers: dict[Tensor, _Held] = {}
-        self._hooks: list[RemovableHandle] = []
+        self._restored: Mapping[str, Any] = {}
+        self._held: HeldModule | None = None
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
         strategy = trainer.strategy
-        if not isinstance(strategy, _SERVED) or isinstance(strategy, _NOT_SERVED):
+        if not is_a(strategy, *_SERVED) or is_a(strategy, *_NOT_SERVED):
             raise MisconfigurationException(
                 f"{type(strategy).__name__} keeps weights in a form of its own, so single weights cannot be held still under"
                 " it. Use a single device, 'ddp', or ModelParallelStrategy (FSDP2) with SaliencyMasking."
             )
         self.mask = None
         self.report = {}
+        self._restored = {}
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for child in pl_module.modules():
             if isinstance(child, FSDPModule):
                 child.reshard()  # a validation before training leaves gathered weights in the place of the trained ones
-        weights = weights_of(pl_module)
+        trainable = weights_of(pl_module)
+        optimized = {weight for optimizer in trainer.optimizers for weight in parameters_of(optimizer)}
+        weights = {name: weight for name, weight in trainable.items() if weight in optimized} or trainable
         if self.mask is None:
-            self.mask = self._make_mask(trainer, pl_module)
+            self.mask = self._make_mask(trainer, pl_module, weights)
         else:
-            self._check_restored(self.mask)
-        self.mask.check_shapes({name: weight.shape for name, weight in weights.items()})
-        self._held = {weight: _Held(weight, self.mask[name]) for name, weight in weights.items()}
-        if self.freeze_buffers:
-            self._held_buffers = {b: _Held(b, torch.zeros(b.shape, dtype=torch.bool)) for b in pl_module.buffers()}
+            self._check_restored(self.mask, weights)
+        covered = {name: weight for name, weight in weights.items() if name in self.mask} or weights
+        self.mask.check_shapes({name: weight.shape for name, weight in covered.items()})
+        hold_uncovered = self.policy["uncovered"] == "frozen"
+        self._held = HeldModule(pl_module, covered, self.mask, hold_uncovered, bool(self.policy["freeze_buffers"]))
         for optimizer in trainer.optimizers:
-            self._watch(optimizer)
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, WeightAveraging) and callback._average_model is not None:
-                self._hold_average(callback._average_model, pl_module)
+            self._held.cover(optimizer)
+        hold_averages(trainer, self._held)
+        self._settle_before_saving(trainer)
+        others = [weight for weight in trainable.values() if weight not in self._held.weights]
+        self.report = {"num_without_optimizer": sum(weight.numel() for weight in others if weight not in self._held.uncovered)}
         rank_zero_info(f"SaliencyMasking: {self.mask}")
+        if others or self._held.uncovered:
+            rank_zero_info(
+                f"SaliencyMasking: not counted are {self.report['num_without_optimizer']:,} weights that no optimizer holds and"
+                f" {self._held.num_uncovered:,} that the mask does not cover ({self.policy['uncovered']})"
+            )
 
-    def _make_mask(self, trainer: Trainer, pl_module: LightningModule) -> SaliencyMask:
+    def _settle_before_saving(self, trainer: Trainer) -> None:
+        """A hook of the module may write to weights when a checkpoint has been put together of references to them."""
+        held, save = self._held, trainer.strategy.save_checkpoint
+        assert held is not None
+
+        def settle_and_save(*arguments: Any, **keywords: Any) -> None:
+            held.settle()
+            held.check_replaced()
+            save(*arguments, **keywords)
+
+        trainer.strategy.save_checkpoint = settle_and_save  # type: ignore[method-assign]
+
+    def _make_mask(self, trainer: Trainer, pl_module: LightningModule, weights: Mapping[str, nn.Parameter]) -> SaliencyMask:
         made_from = {
             "network": fingerprint(weights_of(pl_module).items()),
             "data": getattr(trainer.datamodule, "fingerprint", ""),  # type: ignore[attr-defined]
         }
         if self.ratio is not None:
             batches = forget_batches(trainer)
-            scores = saliency_scores(pl_module, batches, self.score, seed=self.seed, strategy=trainer.strategy)
+            scores = saliency_scores(pl_module, batches, self.score, seed=self.seed, strategy=trainer.strategy, weights=weights)
+            if self.score in {"gradient", "fisher"}:  # others are zero where a weight is
+                _warn_of_silent(scores)
             return SaliencyMask.from_scores(scores, self.ratio, {"score": self._score_name, **made_from})
-        mask = self._given_mask()
+        mask = self._given_mask(weights)
         for what, value in made_from.items():
             if value and mask.metadata.get(what, value) != value:
                 rank_zero_warn(f"The saliency mask was computed with another {what} (same shapes, other values).")
@@ -147,11 +178,12 @@ class SaliencyMasking(Callback):
     def _score_name(self) -> str:
         return f"random, seed {self.seed}" if self.score == "random" else self.score
 
-    def _given_mask(self) -> SaliencyMask:
+    def _given_mask(self, weights: Mapping[str, nn.Parameter]) -> SaliencyMask:
         assert self.given is not None
-        return self.given if isinstance(self.given, SaliencyMask) else SaliencyMask.load(self.given)
+        mask = self.given if isinstance(self.given, SaliencyMask) else SaliencyMask.load(self.given)
+        return mask.fitted(weights)
 
-    def _check_restored(self, mask: SaliencyMask) -> None:
+    def _check_restored(self, mask: SaliencyMask, weights: Mapping[str, nn.Parameter]) -> None:
         """Refuse to resume with other settings than the checkpoint's."""
         made, asked = (mask.ratio, mask.metadata.get("score")), (self.ratio, self._score_name)
         if self.ratio is not None and made != asked:
@@ -159,94 +191,51 @@ class SaliencyMasking(Callback):
                 f"The checkpoint was made with a saliency mask of ratio {made[0]} by {made[1]}, but ratio {asked[0]} by"
                 f" {asked[1]} is asked for. Resume with the same mask, or start afresh."
             )
-        if self.given is not None and self._given_mask() != mask:
+        if self.given is not None and self._given_mask(weights) != mask:
             raise MisconfigurationException(
                 "The checkpoint was made with another saliency mask than the one given. Resume with the same mask, or start"
                 " afresh."
             )
-
-    def _watch(self, optimizer: torch.optim.Optimizer) -> None:
-        try:
-            self._hooks.append(optimizer.register_step_post_hook(self._put_back))
-        except AttributeError as error:
-            raise MisconfigurationException(
-                f"{type(optimizer).__name__} does not tell when it has stepped, so weights cannot be held still after it."
-                " Derive it from torch.optim.Optimizer and call its __init__."
-            ) from error
-
-    def _hold_average(self, average: nn.Module, pl_module: LightningModule) -> None:
-        """Averaging rounds: the mean of a number with itself can be off by one bit. Put the average back, too."""
-        averaged = average.module
-        assert isinstance(averaged, nn.Module)
-        means = dict(_named_tensors(averaged))
-        held = []
-        for name, tensor in _named_tensors(pl_module):
-            holder = self._held.get(tensor) or self._held_buffers.get(tensor)
-            if holder is not None and name in means:
-                mean = means[name]
-                held.append((mean, holder if mean.device == tensor.device else holder.on(mean.device)))
-                held[-1][1].put_back(mean)  # it may have been copied before the original model was loaded
-        update = average.update_parameters
-
-        def update_and_hold(module: nn.Module) -> None:
-            update(module)  # type: ignore[operator]
-            for mean, holder in held:
-                holder.put_back(mean)
-
-        average.update_parameters = update_and_hold  # type: ignore[assignment]
+        for name, asked_for in self.policy.items():
+            if self._restored.get(name, asked_for) != asked_for:
+                raise MisconfigurationException(
+                    f"The checkpoint was made with {name} {self._restored[name]}, but {asked_for} is asked for. Resume with the"
+                    " same, or start afresh."
+                )
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not pl_module.automatic_optimization:  # there, clipping may come before on_before_optimizer_step
-            self._mask_gradients(weight for optimizer in trainer.optimizers for weight in _parameters(optimizer))
+        if self._held is not None and not pl_module.automatic_optimization:
+            for optimizer in trainer.optimizers:  # there, clipping may come before on_before_optimizer_step
+                self._held.mask_gradients(parameters_of(optimizer))
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer) -> None:
-        self._mask_gradients(_parameters(optimizer))
+        if self._held is not None:
+            self._held.mask_gradients(parameters_of(optimizer))
 
-    def _mask_gradients(self, weights: Iterable[nn.Parameter]) -> None:
-        for weight in weights:
-            held = self._held.get(weight)
-            if held is None:
-                if not weight.requires_grad:
-                    continue
-                raise MisconfigurationException(
-                    f"A weight of shape {tuple(weight.shape)} is trained that the saliency mask does not know: it did not"
-                    " require gradients when training started. Unfreeze it before training."
-                )
-            if weight.grad is not None and not weight.grad.is_sparse:
-                bits_of(weight.grad).mul_(held.movable)
+    def _settle(self, *_: Any, **__: Any) -> None:
+        if self._held is not None:
+            self._held.settle()
 
-    def _put_back(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        for weight in _parameters(optimizer):
-            held = self._held.get(weight)
-            if held is not None:
-                held.put_back(weight)
-
-    @override
-    def on_train_batch_end(self, *_: Any, **__: Any) -> None:
-        self._put_back_buffers()
-
-    def _put_back_buffers(self) -> None:
-        for buffer, held in self._held_buffers.items():
-            held.put_back(buffer)
+    # where somebody may look at weights: what was written to them since the last step is undone
+    on_train_batch_start = on_train_batch_end = on_train_epoch_end = _settle
+    on_validation_batch_start = on_validation_end = _settle
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.mask is None or not self._held:
+        if self.mask is None or self._held is None:
             return
-        moved, drift = 0, 0.0
-        for weight, held in self._held.items():
-            drift = max(drift, held.drift(weight))
-            held.put_back(weight)
-            moved += held.num_moved(weight) * _shards(weight)
-        self._put_back_buffers()
-        if isinstance(trainer.strategy, ModelParallelStrategy):
+        self._held.settle()
+        self._held.check_replaced()
+        moved, drift = self._held.num_moved(), self._held.drift
+        if is_a(trainer.strategy, ModelParallelStrategy):
             moved, drift = _over_shards(trainer, moved, drift)
-        self.report = {
+        self.report |= {
             "num_weights": self.mask.num_weights,
             "num_kept": self.mask.num_kept,
             "num_moved": moved,
+            "num_uncovered": self._held.num_uncovered,
             "drift": drift,
         }
         rank_zero_info(
@@ -255,90 +244,33 @@ class SaliencyMasking(Callback):
         )
         if drift != 0:
             rank_zero_warn(
-                "Something other than an optimizer wrote to weights outside the saliency mask after the last step. They were"
-                " put back now, but checkpoints saved before may hold the change."
+                "Something other than an optimizer wrote to weights outside the saliency mask: the largest change was"
+                f" {drift:g}. It was put back before any validation, checkpoint or next batch could see it."
             )
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, WeightAveraging) and callback._average_model is not None:
-                vars(callback._average_model).pop("update_parameters", None)
-        self._hooks, self._held, self._held_buffers = [], {}, {}
+        if self._held is not None:
+            self._held.release()
+            release_averages(trainer)
+            del trainer.strategy.save_checkpoint  # ours, in front of that of the class
+        self._held = None
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if isinstance(exception, KeyboardInterrupt):  # perhaps in the middle of an optimizer step
-            for weight, held in self._held.items():
-                held.put_back(weight)
+        if self._held is not None:
+            self._held.put_back()  # perhaps it was in the middle of an optimizer step
         self.teardown(trainer, pl_module, "fit")
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {} if self.mask is None else {"mask": self.mask.state_dict()}
+        return {} if self.mask is None else {"mask": self.mask.state_dict(), **self.policy}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if state_dict:
             self.mask = SaliencyMask.from_state_dict(state_dict["mask"])
-
-
-class _Held:
-    """One tensor: where it may move, and the bits it came with."""
-
-    def __init__(self, tensor: Tensor, mask: Tensor) -> None:
-        original = bits_of(tensor)
-        if isinstance(tensor, DTensor):
-            mask = distribute_tensor(
-                mask.to(original.device), tensor.device_mesh, tensor.placements, src_data_rank=None
-            ).to_local()
-        # laid out in memory like the tensor, which makes the arithmetic of every step several times faster
-        self.movable = torch.empty_like(original, dtype=torch.bool).copy_(mask)
-        self.original = torch.empty_like(original).copy_(original)
-
-    def on(self, device: torch.device) -> "_Held":
-        """A copy on another device."""
-        other = _Held.__new__(_Held)
-        other.movable, other.original = self.movable.to(device), self.original.to(device)
-        return other
-
-    def put_back(self, tensor: Tensor) -> None:
-        """Give the frozen part its original bits. Selection by bits: exact for -0.0, and NaN cannot leak through."""
-        bits = bits_of(tensor)
-        torch.bitwise_xor((bits ^ self.original).mul_(self.movable), self.original, out=bits)
-
-    def num_moved(self, tensor: Tensor) -> int:
-        """How many numbers changed; of a sharded tensor in this rank's part."""
-        return int((bits_of(tensor) != self.original).sum())
-
-    def drift(self, tensor: Tensor) -> float:
-        """Largest change outside the mask; the smallest positive number stands for a change of bits alone."""
-        bits = bits_of(tensor)
-        changed = (bits != self.original) & ~self.movable
-        if not changed.any():
-            return 0.0
-        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        change = (local.detach().double() - self.original.view(local.dtype).double())[changed].abs().max().item()
-        return math.inf if math.isnan(change) else max(change, 5e-324)
-
-
-def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[nn.Parameter]:
-    return (parameter for group in optimizer.param_groups for parameter in group["params"])
-
-
-def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from module.named_parameters()
-    yield from module.named_buffers()
-
-
-def _shards(tensor: Tensor) -> int:
-    """In how many different parts a tensor lies on the ranks."""
-    if not isinstance(tensor, DTensor):
-        return 1
-    sizes = zip(tensor.device_mesh.shape, tensor.placements, strict=True)
-    return math.prod(size for size, placement in sizes if not placement.is_replicate())
+            self._restored = state_dict
 
 
 def _over_shards(trainer: Trainer, moved: int, drift: float) -> tuple[int, float]:
@@ -347,3 +279,13 @@ def _over_shards(trainer: Trainer, moved: int, drift: float) -> tuple[int, float
     total = trainer.strategy.reduce(torch.tensor(moved, device=device, dtype=torch.int64), reduce_op="sum")
     largest = trainer.strategy.reduce(torch.tensor(drift, device=device, dtype=torch.float64), reduce_op="max")
     return int(total) // trainer.world_size, float(largest)
+
+
+def _warn_of_silent(scores: Mapping[str, Tensor]) -> None:
+    silent = [name for name, score in scores.items() if score.numel() and not score.any()]
+    if silent:
+        rank_zero_warn(
+            f"No gradient of the forget loss reaches {len(silent)} of {len(scores)} weight tensors, such as"
+            f" {silent[0]}, so they are the last to be chosen. In a fresh LoRA pair one matrix is zero, and the other has no"
+            " gradient: train the pair a little before, or give a mask."
+        )

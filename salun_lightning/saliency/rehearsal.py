@@ -1,7 +1,7 @@
 """A training step rehearsed: its gradients come out, and nothing else changes."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,52 +10,74 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
-from torchmetrics import Metric
 
-Backward = Callable[..., None]
-Harvest = Callable[[Iterable[nn.Parameter]], None]
+from salun_lightning.saliency.weights import local_of
 
-_INTERNAL = vars(nn.Module()).keys() - {"training"}
+_PARTS = {"_parameters", "_buffers", "_modules"}
 _CONTAINERS = (list, dict, set, deque)
 
 
 @contextmanager
-def undisturbed(module: LightningModule) -> Iterator[None]:
+def undisturbed(module: LightningModule, weights: bool = False) -> Iterator[Callable[[], None]]:
     """Eval mode, no gradients and no logging inside; everything as it was outside.
 
-    That is: gradients, random state, and of every submodule the mode, the buffers, the state of metrics, and attributes that
-    are numbers, strings, references, or lists, dictionaries and sets of those.
+    That is: gradients, random state, and of every submodule the mode, the buffers, which parameters and submodules it has, and
+    attributes that are tensors, numbers, strings, references, or lists, dictionaries and sets of those.
+
+    Args:
+        module: The module.
+        weights: Whether weights are written to inside, so that they have to be copied and put back.
+
+    Yields:
+        What puts back all but gradients and random state, for use in between.
     """
     gradients = {parameter: parameter.grad for parameter in module.parameters()}
-    restorers = [_restorer(child) for child in module.modules()]
+    modes = [(child, child.training) for child in module.modules()]
     try:
         module.eval()
         module.zero_grad()
-        with isolate_rng(), replaced(module, {"log": _ignore, "log_dict": _ignore}), _no_loggers(module):
-            yield
+        with isolate_rng(), _replaced(module, {"log": _ignore, "log_dict": _ignore}), _no_loggers(module):
+            put_back = _snapshot(module, weights)
+            try:
+                yield put_back
+            finally:
+                put_back()
     finally:
-        for restore in restorers:
-            restore()
+        for child, mode in modes:
+            child.training = mode
         for parameter, gradient in gradients.items():
             parameter.grad = gradient
 
 
+def _snapshot(module: nn.Module, weights: bool) -> Callable[[], None]:
+    tensors = [*module.buffers(), *(module.parameters() if weights else ())]
+    tensors += [value for child in module.modules() for value in vars(child).values() if isinstance(value, Tensor)]
+    values = [(tensor, tensor.detach(), tensor.detach().clone()) for tensor in tensors]
+    restorers = [_restorer(child) for child in module.modules()]
+
+    def put_back() -> None:
+        for restore in restorers:
+            restore()
+        with torch.no_grad():
+            for tensor, storage, value in values:
+                if tensor.layout == torch.strided and local_of(tensor).data_ptr() != local_of(storage).data_ptr():
+                    tensor.data = storage
+                storage.copy_(value)
+
+    return put_back
+
+
 def _restorer(child: nn.Module) -> Callable[[], None]:
-    attributes = {name: value for name, value in vars(child).items() if name not in _INTERNAL}
-    if isinstance(child, Metric):
-        attributes.update((name, state.clone()) for name, state in child.metric_state.items() if isinstance(state, Tensor))
+    attributes = {name: value for name, value in vars(child).items() if name not in _PARTS}
     contents = [snapshot for value in attributes.values() for snapshot in _snapshots(value)]
-    buffers = dict(child._buffers)
-    values = {name: buffer.detach().clone() for name, buffer in buffers.items() if buffer is not None}
+    contents += [(part, _items(part)) for name in _PARTS if isinstance(part := vars(child).get(name), dict)]
 
     def restore() -> None:
+        for name in vars(child).keys() - attributes.keys() - _PARTS:
+            del vars(child)[name]
         vars(child).update(attributes)
         for container, items in contents:
             _refill(container, items)
-        child._buffers.update(buffers)
-        with torch.no_grad():
-            for name, value in values.items():
-                child._buffers[name].copy_(value)  # type: ignore[union-attr]
 
     return restore
 
@@ -102,7 +124,7 @@ def _no_loggers(module: LightningModule) -> Iterator[None]:
 
 
 @contextmanager
-def replaced(module: LightningModule, stand_ins: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
+def _replaced(module: LightningModule, stand_ins: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
     """Methods of the module replaced by others."""
     attributes = vars(module)
     before = {name: attributes[name] for name in stand_ins if name in attributes}
@@ -113,81 +135,6 @@ def replaced(module: LightningModule, stand_ins: Mapping[str, Callable[..., Any]
         for name in stand_ins:
             del attributes[name]
         attributes.update(before)
-
-
-@contextmanager
-def manual_optimization(module: LightningModule, backward: Backward, harvest: Harvest) -> Iterator[None]:
-    """Inside, a manual ``training_step`` moves nothing: what its optimizers would step with is harvested instead.
-
-    Args:
-        module: The module, attached to a trainer that has its optimizers.
-        backward: Called in the place of ``manual_backward``.
-        harvest: Called with the parameters whose gradients are to be taken.
-    """
-    recorders = [_Recorder(optimizer, module, harvest) for optimizer in module.trainer.optimizers]
-    schedulers = [_IdleScheduler(config.scheduler) for config in module.trainer.lr_scheduler_configs]
-    stand_ins: dict[str, Callable[..., Any]] = {
-        "optimizers": lambda *_, **__: recorders[0] if len(recorders) == 1 else recorders,
-        "lr_schedulers": lambda: schedulers[0] if len(schedulers) == 1 else schedulers or None,
-        "manual_backward": backward,
-        "clip_gradients": _ignore,
-    }
-    with replaced(module, stand_ins):
-        yield
-    for recorder in recorders:
-        recorder.finish()
-
-
-class _Recorder:
-    """Stands in for an optimizer."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer, module: LightningModule, harvest: Harvest) -> None:
-        self._optimizer = optimizer
-        self._module = module
-        self._harvest = harvest
-        self._stepped = False
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._optimizer, name)
-
-    @property
-    def optimizer(self) -> "_Recorder":
-        return self
-
-    @property
-    def _parameters(self) -> list[nn.Parameter]:
-        return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
-
-    def step(self, closure: Callable[[], Any] | None = None, **_: Any) -> Any:
-        output = closure() if closure is not None else None
-        self._harvest(self._parameters)
-        self._stepped = True
-        return output
-
-    @contextmanager
-    def toggle_model(self, sync_grad: bool = True) -> Iterator[None]:
-        with self._module.toggled_optimizer(self):  # type: ignore[arg-type]
-            yield
-
-    def finish(self) -> None:
-        """What it did not step with in this training step: the start of an accumulation, or else for ``zero_grad``."""
-        if self._stepped:
-            self._optimizer.zero_grad()
-        else:
-            self._harvest(self._parameters)
-
-
-class _IdleScheduler:
-    """Stands in for a learning-rate scheduler."""
-
-    def __init__(self, scheduler: Any) -> None:
-        self._scheduler = scheduler
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._scheduler, name)
-
-    def step(self, *_: Any, **__: Any) -> None:
-        """Do nothing."""
 
 
 def _ignore(*_: Any, **__: Any) -> None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -15,7 +14,8 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from salun_lightning.saliency.rehearsal import Backward, manual_optimization, undisturbed
+from salun_lightning.saliency.rehearsal import undisturbed
+from salun_lightning.saliency.twins import is_a
 from salun_lightning.saliency.weights import weights_of
 
 Score = Literal["gradient", "fisher", "snip", "magnitude", "random"]
@@ -29,6 +29,7 @@ def saliency_scores(
     seed: int = 0,
     strategy: Strategy | None = None,
     loss: Callable[[Any], Tensor] | None = None,
+    weights: Mapping[str, nn.Parameter] | None = None,
 ) -> dict[str, Tensor]:
     r"""Score every trainable weight by what the forget set says about it.
 
@@ -41,11 +42,11 @@ def saliency_scores(
     - ``random``: uniform numbers, the control.
 
     The forget loss is ``loss``, or else ``module.forget_loss`` where the module has one, or else what ``module.training_step``
-    returns or, under manual optimization, what its optimizers would have stepped with. Of batches that are dictionaries with
-    the parts ``forget`` and ``retain`` only the former counts: a loss is handed that part, ``training_step`` a dictionary of
-    that part alone. A loss is taken as a mean over its batch and counts as many times as the batch has samples, so the batch
-    size does not matter. The network runs in eval mode and without autocast. Gradients, logged values, metrics, random state,
-    train/eval mode and buffers are left as they were found.
+    returns. Of batches that are dictionaries with the parts ``forget`` and ``retain`` only the former counts: a loss is handed
+    that part, ``training_step`` a dictionary of that part alone. A loss is taken as a mean over its batch and counts as many
+    times as the batch has samples, so the batch size does not matter. The network runs in eval mode and without autocast.
+    Gradients, logged values, metrics, random state, train/eval mode and buffers are left as they were found, and so are the
+    weights, of which a copy is kept while ``training_step`` runs: it may move those of a momentum or target network.
 
     One pass serves any number of ratios: hand the result to :meth:`SaliencyMask.from_scores` once for each.
 
@@ -57,29 +58,39 @@ def saliency_scores(
         seed: Seed of the ``random`` score.
         strategy: The strategy the module runs under; None for a module in this process, on its own device.
         loss: Scores another loss than the module's, a mean over its batch.
+        weights: Scores these weights of the module alone, by the names that the result is to have.
 
     Returns:
         A non-negative tensor of each weight's shape, at least float32, by plain weight name; the same on all ranks
         (``DTensor`` where the weight is one).
 
     Raises:
-        ValueError: There is no such score, the forget set is empty, or there is no loss or no gradient.
+        ValueError: There is no such score, the forget set is empty, there is no loss or no gradient, or the module is under
+            manual optimization and has no ``forget_loss``.
     """
     check_score(score)
-    weights = weights_of(module)
+    weights = weights_of(module) if weights is None else weights
     if score == "random":
         generator = torch.Generator().manual_seed(seed)
         return {name: torch.rand(weight.shape, generator=generator) for name, weight in weights.items()}
     if score == "magnitude":
         return {name: _at_least_float32(weight.detach()).abs() for name, weight in weights.items()}
     forget_loss = loss or getattr(module, "forget_loss", None)
+    if forget_loss is None and not module.automatic_optimization:
+        raise ValueError(
+            f"{type(module).__name__} optimizes manually, so its training_step does not say which loss the saliency is of. Give"
+            " the module a forget_loss(batch) that returns a scalar tensor."
+        )
     sums = _Sums(weights, squared=score == "fisher")
-    with undisturbed(module), torch.enable_grad():
+    with undisturbed(module, weights=forget_loss is None) as put_back, torch.enable_grad():
         for batch, share in _shares(batches, sums.squared, strategy):
             ready = _ready(module, batch, strategy)
-            backward = partial(_backward, module, strategy, share * extract_batch_size(ready))
-            _accumulate(module, forget_loss, ready, backward, sums, strategy)
+            with _context(strategy):
+                value = _forget_loss(module, forget_loss, ready)
+            _backward(module, strategy, value * (share * extract_batch_size(ready)))
             sums.harvest(weights.values(), eagerly=False)
+            if forget_loss is None:
+                put_back()
         sums.harvest(weights.values())
     scores = {}
     for name, total in sums.over_ranks(strategy):
@@ -121,7 +132,7 @@ class _Sums:
                 "No gradient of the forget loss reaches a trainable weight, so there is no saliency. Check that forget_loss, or"
                 " training_step, uses the network's output."
             )
-        sharded = isinstance(strategy, ModelParallelStrategy)
+        sharded = is_a(strategy, ModelParallelStrategy)
         for name, weight in self.weights.items():
             total = self.totals.pop(weight, None)
             if total is None:
@@ -142,9 +153,10 @@ def _shares(batches: Iterable[Any], squared: bool, strategy: Strategy | None) ->
     at the same sample; sums are shared out, and multiplied by the number of ranks.
     """
     rank, world, factor = 0, 1, 1
-    if isinstance(strategy, ParallelStrategy) and not (squared and isinstance(strategy, ModelParallelStrategy)):
-        rank, world = strategy.distributed_sampler_kwargs["rank"], strategy.distributed_sampler_kwargs["num_replicas"]
-        factor = world if isinstance(strategy, ModelParallelStrategy) else 1
+    sharded = is_a(strategy, ModelParallelStrategy)
+    if is_a(strategy, ParallelStrategy) and not (squared and sharded):
+        share = strategy.distributed_sampler_kwargs  # type: ignore[union-attr]
+        rank, world, factor = share["rank"], share["num_replicas"], share["num_replicas"] if sharded else 1
     batches = _forget_parts(batches)
     if squared:
         batches = (sample for batch in batches for sample in _samples(batch))
@@ -184,49 +196,39 @@ def _ready(module: LightningModule, batch: Any, strategy: Strategy | None) -> An
     return module._apply_batch_transfer_handler(module._on_before_batch_transfer(batch), device=device)
 
 
-def _backward(module: LightningModule, strategy: Strategy | None, weight: float, loss: Tensor, **kwargs: Any) -> None:
+def _context(strategy: Strategy | None) -> AbstractContextManager[Any]:
+    """That of the precision, but for autocast: it would make the mask depend on the training precision."""
+    if strategy is None or is_a(strategy.precision_plugin, MixedPrecision):
+        return nullcontext()
+    return strategy.precision_plugin.forward_context()
+
+
+def _backward(module: LightningModule, strategy: Strategy | None, loss: Tensor) -> None:
     if not getattr(getattr(strategy, "model", None), "static_graph", False):
-        (loss * weight).backward(**kwargs)
+        loss.backward()
         return
     # the hooks of a DistributedDataParallel with static_graph would take this for its first training step
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    gradients = torch.autograd.grad(loss * weight, parameters, allow_unused=True, **kwargs)
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
     for parameter, gradient in zip(parameters, gradients, strict=True):
         if gradient is not None:
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
 
-def _accumulate(
-    module: LightningModule,
-    forget_loss: Callable[[Any], Tensor] | None,
-    batch: Any,
-    backward: Backward,
-    sums: _Sums,
-    strategy: Strategy | None,
-) -> None:
-    """Add the gradient of one batch, summed over its samples."""
-    context: AbstractContextManager[Any] = nullcontext()
-    # autocast would make the mask depend on the training precision
-    if strategy is not None and not isinstance(strategy.precision_plugin, MixedPrecision):
-        context = strategy.precision_plugin.forward_context()
-    if forget_loss is None and not module.automatic_optimization:
-        with manual_optimization(module, backward, sums.harvest), context:
-            _training_step(module, batch)
-        return
-    loss: Any
-    with context:
-        if forget_loss is not None:
-            loss = forget_loss(batch["forget"] if isinstance(batch, Mapping) and "forget" in batch else batch)
-        else:
-            output = _training_step(module, batch)
-            loss = output.get("loss") if isinstance(output, Mapping) else output
+def _forget_loss(module: LightningModule, forget_loss: Callable[[Any], Tensor] | None, batch: Any) -> Tensor:
+    """The loss of one batch: a mean over its samples."""
+    if forget_loss is not None:
+        loss: Any = forget_loss(batch["forget"] if isinstance(batch, Mapping) and "forget" in batch else batch)
+    else:
+        output = _training_step(module, batch)
+        loss = output.get("loss") if isinstance(output, Mapping) else output
     if not isinstance(loss, Tensor):
         source = "training_step" if forget_loss is None else "forget_loss"
         raise ValueError(
             f"{type(module).__name__}.{source} returned no loss for a batch of the forget set. Give the module a"
             " forget_loss(batch) that returns a scalar tensor."
         )
-    backward(loss)
+    return loss
 
 
 def _training_step(module: LightningModule, batch: Any) -> Any:

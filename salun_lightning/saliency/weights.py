@@ -48,9 +48,59 @@ def weights_of(module: nn.Module) -> dict[str, nn.Parameter]:
     return {plain: weights[name] for name, plain in plain_names(weights).items()}
 
 
+def renamed(names: Iterable[str], wanted: Iterable[str]) -> dict[str, str]:
+    """Each name and what it is among the wanted ones: the same, but for one prefix of all that may be another.
+
+    Names stay as they are where they are wanted already, or no other prefix makes all of them wanted.
+
+    Raises:
+        ValueError: Several prefixes do.
+
+    Example:
+        >>> renamed(["net.fc.weight", "net.fc.bias"], ["backbone.fc.weight", "backbone.fc.bias", "head.weight"])
+        {'net.fc.weight': 'backbone.fc.weight', 'net.fc.bias': 'backbone.fc.bias'}
+    """
+    names, wanted = list(names), set(wanted)
+    as_they_are = {name: name for name in names}
+    if not names or wanted.issuperset(names):
+        return as_they_are
+    ways = [_other_prefix(names, *prefixes) for prefixes in {_prefixes(names[0], other) for other in wanted}]
+    fitting = sorted((way for way in ways if way and wanted.issuperset(way.values())), key=lambda way: way[names[0]])
+    if len(fitting) > 1:
+        raise ValueError(
+            f"Weights called '{names[0]}' fit several parts of the network: {fitting[0][names[0]]}, {fitting[1][names[0]]}."
+            " Give them the full names of those that are meant."
+        )
+    return fitting[0] if fitting else as_they_are
+
+
+def _prefixes(name: str, other: str) -> tuple[str, str]:
+    """What is left in front of two names, once the parts that both end with are taken away."""
+    ours, theirs = name.split("."), other.split(".")
+    while ours and theirs and ours[-1] == theirs[-1]:
+        del ours[-1], theirs[-1]
+    return "".join(f"{part}." for part in ours), "".join(f"{part}." for part in theirs)
+
+
+def _other_prefix(names: list[str], old: str, new: str) -> dict[str, str]:
+    fits = all(name.startswith(old) for name in names)
+    return {name: new + name.removeprefix(old) for name in names} if fits else {}
+
+
+def local_of(tensor: Tensor) -> Tensor:
+    """A tensor; of a sharded one, this rank's part."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def bits_of(tensor: Tensor) -> Tensor:
-    """The storage of a tensor seen as integers; of a sharded tensor, this rank's part."""
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    """The storage of a tensor seen as integers; of a sharded tensor, this rank's part.
+
+    Raises:
+        ValueError: Its numbers have more than 64 bits.
+    """
+    local = local_of(tensor)
+    if local.element_size() not in _BITS:
+        raise ValueError(f"Weights of {local.dtype} have too many bits to be held still one by one. Use complex64.")
     return local.detach().view(_BITS[local.element_size()])
 
 

@@ -59,6 +59,9 @@ class PlainManual(Plain):
         super().__init__(make_optimizer)
         self.automatic_optimization = False
 
+    def forget_loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return functional.cross_entropy(self.net(batch[0]).float(), batch[1])
+
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         optimizer = self.optimizers()
         optimizer.zero_grad()

@@ -48,6 +48,9 @@ class DoubledManual(PlainManual):
         super().__init__()
         self.double()
 
+    def forget_loss(self, batch: Any) -> Tensor:
+        return super().forget_loss((batch[0].double(), batch[1]))
+
     def training_step(self, batch: Any, batch_idx: int) -> None:
         super().training_step((batch[0].double(), batch[1]), batch_idx)
 

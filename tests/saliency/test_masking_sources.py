@@ -250,19 +250,6 @@ def test_strategies_that_leave_weights_whole_or_shard_them_are_served(strategy):
         SaliencyMasking(0.5).setup(Mock(strategy=Mock(spec=DeepSpeedStrategy)), Plain(), "fit")
 
 
-def test_an_optimizer_that_does_not_tell_when_it_stepped_is_refused():
-    class Mute(torch.optim.SGD):
-        register_step_post_hook = None
-
-        def __getattribute__(self, name: str) -> Any:
-            if name == "register_step_post_hook":
-                raise AttributeError(name)
-            return super().__getattribute__(name)
-
-    with pytest.raises(MisconfigurationException, match=r"Mute does not tell when it has stepped.*torch\.optim\.Optimizer"):
-        fit(Plain(lambda parameters: Mute(parameters, lr=0.1)), SaliencyMasking(0.5))
-
-
 without_its_callbacks = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning")
 
 

@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
-from salun_lightning.saliency import Score, saliency_scores
+from salun_lightning.saliency import SaliencyMasking, Score, saliency_scores
 from salun_lightning.saliency.weights import weights_of
-from tests.saliency.helpers import Plain, fit, images_and_targets, loader, small_network
+from tests.saliency.helpers import Plain, fit, images_and_targets, loader
 
 
 class Probe(Callback):
@@ -71,179 +71,40 @@ class AnyArguments(Plain):
         return super().training_step(*arguments)
 
 
-class OneOptimizer(Plain):
-    """Manual optimization as in Lightning's manual; ``order`` is that of the calls."""
-
-    order = ("zero_grad", "backward", "step")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        loss, optimizer = super().training_step(batch, batch_idx), self.optimizers()
-        for call in self.order:
-            if call == "backward":
-                self.manual_backward(loss)
-            else:
-                getattr(optimizer, call)()
-
-
-class ZeroLast(OneOptimizer):
-    order = ("backward", "step", "zero_grad")
-
-
-class Clips(OneOptimizer):
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        optimizer = self.optimizers(use_pl_optimizer=False)
-        optimizer.zero_grad()
-        self.manual_backward(Plain.training_step(self, batch, batch_idx))
-        self.clip_gradients(optimizer, gradient_clip_val=1e-9)
-        optimizer.step()
-
-
-class Closure(OneOptimizer):
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        def closure() -> Tensor:
-            self.optimizers().optimizer.zero_grad()
-            loss = Plain.training_step(self, batch, batch_idx)
-            self.manual_backward(loss)
-            return loss
-
-        assert self.optimizers().step(closure).ndim == 0
-
-
-class Accumulates(OneOptimizer):
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        if batch_idx % 3 == 0:
-            self.optimizers().zero_grad()
-        self.manual_backward(Plain.training_step(self, batch, batch_idx))
-        if (batch_idx + 1) % 3 == 0:
-            self.optimizers().step()
-
-
-class AccumulatesAndZeroesLast(OneOptimizer):
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        self.manual_backward(Plain.training_step(self, batch, batch_idx))
-        if (batch_idx + 1) % 3 == 0:
-            self.optimizers().step()
-            self.optimizers().zero_grad()
-
-
 AUTOMATIC = [Plain, ReturnsDictionary, NoIndex, OtherName, AnyArguments]
-MANUAL = [OneOptimizer, ZeroLast, Clips, Closure, Accumulates, AccumulatesAndZeroesLast]
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 25])
-@pytest.mark.parametrize("module", AUTOMATIC + MANUAL)
+@pytest.mark.parametrize("module", AUTOMATIC)
 def test_the_score_of_a_training_step_is_that_of_its_samples(module, batch_size):
     assert_close(probed(module(), batch_size), by_sample(Plain()))
 
 
-@pytest.mark.parametrize("module", [*AUTOMATIC, OneOptimizer, Clips, Accumulates])
+@pytest.mark.parametrize("module", AUTOMATIC)
 def test_the_fisher_score_of_a_training_step_is_that_of_its_samples(module):
     assert_close(probed(module(), score="fisher"), by_sample(Plain(), power=2))
 
 
-class Adversarial(LightningModule):
-    """A generator and a discriminator that are trained by turns."""
+def test_manual_optimization_without_forget_loss_is_asked_for_one():
+    with pytest.raises(ValueError, match=r"Manual optimizes manually.*Give the module a forget_loss\(batch\) that returns"):
+        saliency_scores(Manual(), loader())
+    with pytest.raises(ValueError, match="Manual optimizes manually"):
+        fit(Manual(), SaliencyMasking(0.5))
+    assert_close(probed(ManualWithLoss()), by_sample(Plain()))
 
-    style = "toggle"
 
+class Manual(Plain):
     def __init__(self) -> None:
         super().__init__()
-        torch.manual_seed(1)
         self.automatic_optimization = False
-        self.generator = nn.Sequential(nn.Flatten(), nn.Linear(32, 32), nn.Unflatten(1, (2, 4, 4)))
-        self.discriminator = small_network()
 
-    def losses(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        fake = self.generator(images)
-        generator_loss = -self.discriminator(fake)[:, 0].mean()
-        return generator_loss, (self.discriminator(fake) - self.discriminator(images)).square().mean()
 
+class ManualWithLoss(Manual):
     def training_step(self, batch: Any, batch_idx: int) -> None:
-        schedulers = self.lr_schedulers()
-        for turn, optimizer in enumerate(self.optimizers()):
-            getattr(self, self.style)(optimizer, batch[0], turn)
-            self.clip_gradients(optimizer, gradient_clip_val=1e-9)
-            schedulers[turn].step()
-            self.log("lr", schedulers[turn].get_last_lr()[0])
+        pass
 
-    def toggle(self, optimizer: Any, images: Tensor, turn: int) -> None:
-        self.toggle_optimizer(optimizer)
-        self.manual_backward(self.losses(images)[turn])
-        optimizer.step()
-        optimizer.zero_grad()
-        self.untoggle_optimizer(optimizer)
-
-    def toggle_model(self, optimizer: Any, images: Tensor, turn: int) -> None:
-        with optimizer.toggle_model():
-            self.manual_backward(self.losses(images)[turn])
-            optimizer.step()
-            optimizer.zero_grad()
-
-    def zero_first(self, optimizer: Any, images: Tensor, turn: int) -> None:
-        optimizer.zero_grad()
-        self.manual_backward(self.losses(images)[turn])
-        optimizer.step()
-
-    def closure(self, optimizer: Any, images: Tensor, turn: int) -> None:
-        def closure() -> None:
-            optimizer.zero_grad()
-            self.manual_backward(self.losses(images)[turn])
-
-        with optimizer.toggle_model(sync_grad=False):
-            optimizer.step(closure=closure)
-
-    def configure_optimizers(self) -> tuple[list[Any], list[Any]]:
-        optimizers = [torch.optim.Adam(net.parameters(), lr=0.1) for net in (self.generator, self.discriminator)]
-        return optimizers, [torch.optim.lr_scheduler.StepLR(optimizer, 1) for optimizer in optimizers]
-
-
-def turns_by_hand(module: Adversarial) -> dict[str, Tensor]:
-    """The reference: of each network the gradient of its own loss, batch by batch, times the size of the batch."""
-    module.double().eval()
-    total = {name: torch.zeros_like(weight) for name, weight in weights_of(module).items()}
-    for images, _ in loader(batch_size=4):
-        for loss, part in zip(module.losses(images.double()), ("generator", "discriminator"), strict=True):
-            weights = {name: weight for name, weight in weights_of(module).items() if name.startswith(part)}
-            gradients = torch.autograd.grad(loss * len(images), list(weights.values()), retain_graph=True)
-            for name, gradient in zip(weights, gradients, strict=True):
-                total[name] += gradient
-    return {name: gradient.abs() for name, gradient in total.items()}
-
-
-@pytest.mark.parametrize("style", ["toggle", "toggle_model", "zero_first", "closure"])
-def test_each_of_two_optimizers_counts_with_its_own_gradient(style, monkeypatch):
-    monkeypatch.setattr(Adversarial, "style", style)
-    scores, expected = probed(Adversarial(), batch_size=4), turns_by_hand(Adversarial())
-    assert list(scores) == list(expected)
-    torch.testing.assert_close(scores, expected, rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.parametrize("style", ["toggle", "toggle_model", "zero_first", "closure"])
-def test_nothing_of_the_optimizers_changes(style, monkeypatch):
-    monkeypatch.setattr(Adversarial, "style", style)
-
-    class Watch(Probe):
-        def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-            states = []
-            for _ in range(2):
-                weights = {name: weight.detach().clone() for name, weight in pl_module.named_parameters()}
-                flags = [weight.requires_grad for weight in pl_module.parameters()]
-                optimizers = [(o.state_dict(), len(o.state)) for o in trainer.optimizers]
-                schedulers = [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs]
-                states.append((weights, flags, optimizers, schedulers, trainer.global_step, dict(trainer.logged_metrics)))
-                super().on_train_start(trainer, pl_module)
-            assert states[0][1:] == states[1][1:]
-            assert all(torch.equal(states[0][0][name], states[1][0][name]) for name in states[0][0])
-            assert type(pl_module.optimizers()[0]).__name__ == "LightningAdam"
-            self.watched = True
-
-    watch = Watch(loader())
-    fit(Adversarial(), watch)
-    assert watch.watched
+    def forget_loss(self, batch: Any) -> Tensor:
+        return functional.cross_entropy(self.net(batch[0]).float(), batch[1])
 
 
 class NoLoss(Plain):

@@ -1,0 +1,224 @@
+"""What is held still: where it may move, and the bits it came with."""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from salun_lightning.saliency.weights import bits_of, local_of
+
+
+class Held:
+    """Where a tensor may move, and the bits it came with; of a sharded tensor, this rank's part.
+
+    Args:
+        tensor: The tensor, as it is now.
+        mask: True where it may move, of its shape; without it, it may move nowhere.
+    """
+
+    def __init__(self, tensor: Tensor, mask: Tensor | None = None) -> None:
+        original = bits_of(tensor)
+        if isinstance(tensor, DTensor) and mask is not None:
+            mask = distribute_tensor(
+                mask.to(original.device), tensor.device_mesh, tensor.placements, src_data_rank=None
+            ).to_local()
+        # laid out in memory like the tensor, which makes the arithmetic of every step several times faster
+        self.movable = torch.zeros_like(original, dtype=torch.bool)
+        if mask is not None:
+            self.movable.copy_(mask)
+        self.original = torch.empty_like(original).copy_(original)
+
+    def on(self, device: torch.device) -> "Held":
+        """The same for a copy of the tensor on another device."""
+        if device == self.original.device:
+            return self
+        other = Held.__new__(Held)
+        other.movable, other.original = self.movable.to(device), self.original.to(device)
+        return other
+
+    def put_back(self, tensor: Tensor) -> None:
+        """Give the frozen part its original bits. Selection by bits: exact for -0.0, and NaN cannot leak through."""
+        bits = bits_of(tensor)
+        torch.bitwise_xor((bits ^ self.original).mul_(self.movable), self.original, out=bits)
+
+    def mask_gradient(self, weight: nn.Parameter) -> None:
+        """Zero the gradient of a weight where it may not move; NaN and infinity, too."""
+        gradient = weight.grad
+        if gradient is None:
+            return
+        if gradient.is_sparse:
+            weight.grad = gradient = gradient.coalesce()
+            bits_of(gradient._values()).mul_(self.movable[tuple(gradient._indices())])
+        else:
+            bits_of(gradient).mul_(self.movable)
+
+    def leaked(self, tensor: Tensor) -> Tensor:
+        """Whether anything outside the mask differs from its original bits: a bool tensor, so that nobody waits for it."""
+        return (bits_of(tensor) != self.original).gt_(self.movable).any()
+
+    def drift(self, tensor: Tensor) -> float:
+        """Largest change outside the mask; the smallest positive number stands for a change of bits alone."""
+        changed = (bits_of(tensor) != self.original) & ~self.movable
+        if not changed.any():
+            return 0.0
+        local = local_of(tensor).detach()
+        exact = torch.complex128 if local.is_complex() else torch.float64
+        change = (local.to(exact) - self.original.view(local.dtype).to(exact))[changed].abs().max().item()
+        return math.inf if math.isnan(change) else max(change, 5e-324)
+
+    def num_moved(self, tensor: Tensor) -> int:
+        """How many numbers changed; of a sharded tensor in this rank's part."""
+        return int((bits_of(tensor) != self.original).sum())
+
+
+class HeldBuffer:
+    """A buffer that is held still by the name it has in its module, whatever tensor that may be.
+
+    Args:
+        module: The module that has the buffer.
+        name: Its name in there.
+        original: What it is to stay.
+    """
+
+    def __init__(self, module: nn.Module, name: str, original: Tensor) -> None:
+        self.module = module
+        self.name = name
+        self.original = original.detach().clone()
+
+    def put_back(self) -> None:
+        """Give the buffer its original bits, in place where it is still of the same kind."""
+        now = self.module._buffers.get(self.name)
+        if now is None or now.shape != self.original.shape or now.dtype != self.original.dtype:
+            self.module._buffers[self.name] = self.original.clone()
+        else:
+            now.detach().copy_(self.original)
+
+
+def buffers_of(module: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """The module that has each buffer and its name in there, by its name in the whole; each buffer once."""
+    return {
+        name: (module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name, _ in module.named_buffers()
+    }
+
+
+class HeldModule:
+    """All that is held still of a module, from now on until it is released.
+
+    Args:
+        module: The module, with the weights it is to keep.
+        weights: The weights that the mask covers, by their names in the mask.
+        mask: Where they may move.
+        hold_uncovered: Whether weights that an optimizer holds and the mask does not cover are held still, too.
+        hold_buffers: Whether buffers are.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        weights: Mapping[str, nn.Parameter],
+        mask: Mapping[str, Tensor],
+        hold_uncovered: bool,
+        hold_buffers: bool,
+    ) -> None:
+        self.module = module
+        self.own = set(module.parameters())
+        self.weights: dict[Tensor, Held] = {weight: Held(weight, mask[name]) for name, weight in weights.items()}
+        self.uncovered: set[Tensor] = set()
+        self.hold_uncovered = hold_uncovered
+        self.buffers = {
+            name: HeldBuffer(child, own, child._buffers[own])  # type: ignore[arg-type]
+            for name, (child, own) in (buffers_of(module) if hold_buffers else {}).items()
+        }
+        self.drift = 0.0
+        """The largest change outside the mask that was found, of those that no step of an optimizer made."""
+        # of all optimizers, also those that are made or put in the place of others in the middle of training
+        self._hooks = [
+            register_optimizer_step_pre_hook(self.cover),
+            register_optimizer_step_post_hook(self._put_back),
+            module.register_state_dict_pre_hook(lambda *_: self.settle()),
+        ]
+
+    def release(self) -> None:
+        """Let everything move again."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def cover(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Take notice of weights that an optimizer holds and the mask does not cover."""
+        for weight in parameters_of(optimizer):
+            if weight in self.own and weight.requires_grad and weight not in self.weights:
+                self.uncovered.add(weight)
+                if self.hold_uncovered:
+                    self.weights[weight] = Held(weight)
+
+    def mask_gradients(self, weights: Iterable[nn.Parameter]) -> None:
+        """Zero gradients where weights may not move."""
+        for weight in weights:
+            if weight in self.weights:
+                self.weights[weight].mask_gradient(weight)
+
+    def _put_back(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for weight in parameters_of(optimizer):
+            if weight in self.weights:
+                self.weights[weight].put_back(weight)
+
+    def put_back(self) -> None:
+        """Give everything its original bits, without a look at what changed."""
+        put_back(self.weights, self.buffers.values())
+
+    def settle(self) -> None:
+        """Put back what anything but a step of an optimizer wrote, and remember the largest change."""
+        leaked = [held.leaked(weight) for weight, held in self.weights.items()]
+        if leaked and torch.stack([flag.to(leaked[0].device) for flag in leaked]).any():
+            self.drift = max([self.drift, *(held.drift(weight) for weight, held in self.weights.items())])
+            put_back(self.weights)
+        put_back({}, self.buffers.values())
+
+    def check_replaced(self) -> None:
+        """Refuse to go on without a weight that is held.
+
+        Raises:
+            MisconfigurationException: Another parameter was put in its place.
+        """
+        now = set(self.module.parameters())
+        for weight in self.weights:
+            if weight not in now and not isinstance(weight, DTensor):  # shards are replaced while they are gathered
+                raise MisconfigurationException(
+                    f"A weight of shape {tuple(weight.shape)} was replaced by another parameter during training, so it cannot"
+                    " be held still. Write into it (weight.data.copy_), or replace it before training starts."
+                )
+
+    @property
+    def num_uncovered(self) -> int:
+        """How many weights an optimizer holds that the mask does not cover."""
+        return sum(weight.numel() for weight in self.uncovered)
+
+    def num_moved(self) -> int:
+        """How many weights differ from the start; of sharded ones, times the number of shards on this rank's part."""
+        return sum(held.num_moved(weight) * num_shards(weight) for weight, held in self.weights.items())
+
+
+def put_back(weights: Mapping[Any, Held], buffers: Iterable[HeldBuffer] = ()) -> None:
+    """Give weights and buffers their original bits."""
+    for weight, held in weights.items():
+        held.put_back(weight)
+    for buffer in buffers:
+        buffer.put_back()
+
+
+def parameters_of(optimizer: torch.optim.Optimizer) -> Iterator[nn.Parameter]:
+    """The weights that an optimizer holds."""
+    return (parameter for group in optimizer.param_groups for parameter in group["params"])
+
+
+def num_shards(tensor: Tensor) -> int:
+    """In how many different parts a tensor lies on the ranks."""
+    if not isinstance(tensor, DTensor):
+        return 1
+    sizes = zip(tensor.device_mesh.shape, tensor.placements, strict=True)
+    return math.prod(size for size, placement in sizes if not placement.is_replicate())
