@@ -263,7 +263,8 @@ class SaliencyMask(Mapping[str, Tensor]):
 
     @classmethod
     def _read_torch(cls, path: Path) -> Self:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as file:  # torch takes a path that ends in .safetensors for what its name says
+            content = torch.load(file, map_location="cpu", weights_only=True)
         if not isinstance(content, Mapping):
             raise ValueError("it is not a dictionary")
         if "callbacks" not in content:

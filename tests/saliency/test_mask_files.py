@@ -157,3 +157,34 @@ def test_a_save_that_fails_leaves_what_was_there(mask, tmp_path, monkeypatch):
             mask.save(tmp_path / name)
     assert [path.name for path in tmp_path.iterdir()] == ["there.safetensors"]
     assert SaliencyMask.load(tmp_path / "there.safetensors") == other
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8])
+def test_safetensors_of_zeros_and_ones_are_read(dtype, tmp_path):
+    from safetensors.torch import save_file
+
+    given = random_booleans(0)
+    save_file({name: booleans.to(dtype) for name, booleans in given.items()}, tmp_path / "mask.safetensors")
+    assert SaliencyMask.load(tmp_path / "mask.safetensors") == SaliencyMask(given)
+    save_file({"a": torch.tensor([0, 2], dtype=torch.uint8)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="'a' is not a tensor of zeros and ones"):
+        SaliencyMask.load(tmp_path / "other.safetensors")
+
+
+@pytest.mark.parametrize("name", ["mask.pt", "mask.safetensors", "mask.bin", "mask"])
+def test_content_tells_the_format_and_not_the_name(name, mask, tmp_path):
+    given = random_booleans(0)
+    mask.save(tmp_path / name)
+    assert SaliencyMask.load(tmp_path / name) == mask
+    for zipped in (True, False):
+        torch.save(
+            {key: booleans.long() for key, booleans in given.items()}, tmp_path / name, _use_new_zipfile_serialization=zipped
+        )
+        assert SaliencyMask.load(tmp_path / name) == SaliencyMask(given)
+
+
+def test_a_refused_pickle_does_not_advise_to_switch_protection_off(tmp_path):
+    torch.save({"conv.weight": _Touch(tmp_path / "harm")}, tmp_path / "evil.pt")
+    with pytest.raises(ValueError, match="holds more than tensors and plain data, of which nothing was executed") as error:
+        SaliencyMask.load(tmp_path / "evil.pt")
+    assert "weights_only" not in str(error.value)

@@ -345,3 +345,24 @@ def test_weights_that_cannot_be_trained_are_not_counted():
     fit(module, callback)
     assert "0.weight" not in {name.removeprefix("net.") for name in callback.mask}
     assert callback.mask.num_weights == sum(weight.numel() for weight in weights_of(module).values()) == 246
+
+
+@without_its_callbacks
+@pytest.mark.parametrize(
+    ("made", "asked", "message"),
+    [
+        ({}, {"freeze_buffers": True}, "made with freeze_buffers False, but True is asked for"),
+        ({"freeze_buffers": True}, {}, "made with freeze_buffers True, but False is asked for"),
+        ({"uncovered": "free"}, {}, "made with uncovered free, but frozen is asked for"),
+    ],
+)
+def test_resuming_with_another_policy_is_refused(made, asked, message, tmp_path):
+    first = Saved(tmp_path, ratio=0.3, **made)
+    with pytest.raises(MisconfigurationException, match=message):
+        fit(Plain(), SaliencyMasking(0.3, **asked), ckpt_path=first.path, max_epochs=2)
+    fit(Plain(), SaliencyMasking(0.3, **made), ckpt_path=first.path, max_epochs=2)
+
+
+def test_an_unknown_policy_is_refused_at_once():
+    with pytest.raises(ValueError, match="uncovered must be 'frozen' or 'free', got 'held'"):
+        SaliencyMasking(0.5, uncovered="held")
