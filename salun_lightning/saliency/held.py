@@ -1,7 +1,7 @@
 """What is held still: where it may move, and the bits it came with."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -76,36 +76,6 @@ class Held:
         return int((bits_of(tensor) != self.original).sum())
 
 
-class HeldBuffer:
-    """A buffer that is held still by the name it has in its module, whatever tensor that may be.
-
-    Args:
-        module: The module that has the buffer.
-        name: Its name in there.
-        original: What it is to stay.
-    """
-
-    def __init__(self, module: nn.Module, name: str, original: Tensor) -> None:
-        self.module = module
-        self.name = name
-        self.original = original.detach().clone()
-
-    def put_back(self) -> None:
-        """Give the buffer its original bits, in place where it is still of the same kind."""
-        now = self.module._buffers.get(self.name)
-        if now is None or now.shape != self.original.shape or now.dtype != self.original.dtype:
-            self.module._buffers[self.name] = self.original.clone()
-        else:
-            now.detach().copy_(self.original)
-
-
-def buffers_of(module: nn.Module) -> dict[str, tuple[nn.Module, str]]:
-    """The module that has each buffer and its name in there, by its name in the whole; each buffer once."""
-    return {
-        name: (module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name, _ in module.named_buffers()
-    }
-
-
 class HeldModule:
     """All that is held still of a module, from now on until it is released.
 
@@ -130,16 +100,14 @@ class HeldModule:
         self.weights: dict[Tensor, Held] = {weight: Held(weight, mask[name]) for name, weight in weights.items()}
         self.uncovered: set[Tensor] = set()
         self.hold_uncovered = hold_uncovered
-        self.buffers = {
-            name: HeldBuffer(child, own, child._buffers[own])  # type: ignore[arg-type]
-            for name, (child, own) in (buffers_of(module) if hold_buffers else {}).items()
-        }
+        self.buffers = {name: buffer.detach().clone() for name, buffer in module.named_buffers()} if hold_buffers else {}
+        self.copies: list[tuple[nn.Module, Mapping[nn.Parameter, Held]]] = []
         self.drift = 0.0
         """The largest change outside the mask that was found, of those that no step of an optimizer made."""
         # of all optimizers, also those that are made or put in the place of others in the middle of training
         self._hooks = [
             register_optimizer_step_pre_hook(self.cover),
-            register_optimizer_step_post_hook(self._put_back),
+            register_optimizer_step_post_hook(self._after_step),
             module.register_state_dict_pre_hook(lambda *_: self.settle()),
         ]
 
@@ -147,6 +115,16 @@ class HeldModule:
         """Let everything move again."""
         for hook in self._hooks:
             hook.remove()
+
+    def hold_copy(self, copy: nn.Module) -> None:
+        """Hold a copy of the module still in the same places. Averaging rounds: a mean of equal numbers can be off by a bit."""
+        theirs = dict(copy.named_parameters())
+        weights = {
+            theirs[name]: self.weights[weight].on(theirs[name].device)
+            for name, weight in self.module.named_parameters()
+            if weight in self.weights and name in theirs
+        }
+        self.copies.append((copy, weights))
 
     def cover(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Take notice of weights that an optimizer holds and the mask does not cover."""
@@ -156,28 +134,35 @@ class HeldModule:
                 if self.hold_uncovered:
                     self.weights[weight] = Held(weight)
 
-    def mask_gradients(self, weights: Iterable[nn.Parameter]) -> None:
-        """Zero gradients where weights may not move."""
-        for weight in weights:
+    @property
+    def num_uncovered(self) -> int:
+        """How many weights an optimizer holds that the mask does not cover."""
+        return sum(weight.numel() for weight in self.uncovered)
+
+    def mask_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+        """Zero gradients where the weights of an optimizer may not move."""
+        for weight in parameters_of(optimizer):
             if weight in self.weights:
                 self.weights[weight].mask_gradient(weight)
 
-    def _put_back(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         for weight in parameters_of(optimizer):
             if weight in self.weights:
                 self.weights[weight].put_back(weight)
 
-    def put_back(self) -> None:
-        """Give everything its original bits, without a look at what changed."""
-        put_back(self.weights, self.buffers.values())
-
     def settle(self) -> None:
-        """Put back what anything but a step of an optimizer wrote, and remember the largest change."""
+        """Put back what anything but a step of an optimizer wrote, and remember the largest change of a weight."""
         leaked = [held.leaked(weight) for weight, held in self.weights.items()]
         if leaked and torch.stack([flag.to(leaked[0].device) for flag in leaked]).any():
             self.drift = max([self.drift, *(held.drift(weight) for weight, held in self.weights.items())])
-            put_back(self.weights)
-        put_back({}, self.buffers.values())
+            self.put_back()
+        for copy, weights in self.copies:
+            _put_back(weights, copy, self.buffers)
+        _put_back({}, self.module, self.buffers)
+
+    def put_back(self) -> None:
+        """Give everything its original bits, without a look at what changed."""
+        _put_back(self.weights, self.module, self.buffers)
 
     def check_replaced(self) -> None:
         """Refuse to go on without a weight that is held.
@@ -193,22 +178,22 @@ class HeldModule:
                     " be held still. Write into it (weight.data.copy_), or replace it before training starts."
                 )
 
-    @property
-    def num_uncovered(self) -> int:
-        """How many weights an optimizer holds that the mask does not cover."""
-        return sum(weight.numel() for weight in self.uncovered)
-
     def num_moved(self) -> int:
         """How many weights differ from the start; of sharded ones, times the number of shards on this rank's part."""
         return sum(held.num_moved(weight) * num_shards(weight) for weight, held in self.weights.items())
 
 
-def put_back(weights: Mapping[Any, Held], buffers: Iterable[HeldBuffer] = ()) -> None:
-    """Give weights and buffers their original bits."""
+def _put_back(weights: Mapping[Any, Held], module: nn.Module, buffers: Mapping[str, Tensor]) -> None:
     for weight, held in weights.items():
         held.put_back(weight)
-    for buffer in buffers:
-        buffer.put_back()
+    for name, original in buffers.items():  # by name: a module may have put another tensor in the place of a buffer
+        place, _, own = name.rpartition(".")
+        child = module.get_submodule(place)
+        now = child._buffers.get(own)
+        if now is not None and now.shape == original.shape and now.dtype == original.dtype:
+            now.detach().copy_(original)
+        elif own in child._buffers:
+            child._buffers[own] = original.clone()
 
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> Iterator[nn.Parameter]:

@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
 from lightning.pytorch.strategies.xla import XLAStrategy
@@ -15,7 +16,6 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from typing_extensions import override
 
-from salun_lightning.saliency.averages import hold_averages, release_averages
 from salun_lightning.saliency.forget_set import forget_batches
 from salun_lightning.saliency.held import HeldModule, parameters_of
 from salun_lightning.saliency.mask import SaliencyMask
@@ -134,7 +134,10 @@ class SaliencyMasking(Callback):
         self._held = HeldModule(pl_module, covered, self.mask, hold_uncovered, bool(self.policy["freeze_buffers"]))
         for optimizer in trainer.optimizers:
             self._held.cover(optimizer)
-        hold_averages(trainer, self._held)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if is_a(callback, WeightAveraging) and callback._average_model is not None:
+                self._held.hold_copy(callback._average_model.module)
+        self._held.settle()  # the average may have been copied before the original model was loaded
         self._settle_before_saving(trainer)
         others = [weight for weight in trainable.values() if weight not in self._held.weights]
         self.report = {"num_without_optimizer": sum(weight.numel() for weight in others if weight not in self._held.uncovered)}
@@ -207,12 +210,12 @@ class SaliencyMasking(Callback):
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._held is not None and not pl_module.automatic_optimization:
             for optimizer in trainer.optimizers:  # there, clipping may come before on_before_optimizer_step
-                self._held.mask_gradients(parameters_of(optimizer))
+                self._held.mask_gradients(optimizer)
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer) -> None:
         if self._held is not None:
-            self._held.mask_gradients(parameters_of(optimizer))
+            self._held.mask_gradients(optimizer)
 
     def _settle(self, *_: Any, **__: Any) -> None:
         if self._held is not None:
@@ -220,7 +223,7 @@ class SaliencyMasking(Callback):
 
     # where somebody may look at weights: what was written to them since the last step is undone
     on_train_batch_start = on_train_batch_end = on_train_epoch_end = _settle
-    on_validation_batch_start = on_validation_end = _settle
+    on_validation_start = on_validation_batch_start = on_validation_end = on_train_end = _settle
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -252,7 +255,6 @@ class SaliencyMasking(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self._held is not None:
             self._held.release()
-            release_averages(trainer)
             del trainer.strategy.save_checkpoint  # ours, in front of that of the class
         self._held = None
 

@@ -260,7 +260,6 @@ def test_nothing_stays_behind_on_optimizers_and_averages(module_class):
     assert not _global_optimizer_pre_hooks
     assert not module._state_dict_pre_hooks
     assert "save_checkpoint" not in vars(trainer.strategy)
-    assert "update_parameters" not in vars(average._average_model)
     assert callback._held is None
     before = copied(module)
     with torch.no_grad():
