@@ -27,7 +27,7 @@ FLOOR = ["Retrain again", "Retrain a third time"]
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
     """A comparison of two epochs a row, with a narrow network."""
-    network = {"class_path": "SmallResNet", "init_args": {"num_classes": 10, "width": 4}}
+    network = {"class_path": "SmallResNet", "init_args": {"num_classes": 10, "width": 8}}
     (tmp_path / "network.yaml").write_text(yaml.safe_dump(network))
     options = {
         "seed_everything": "{seed}",

@@ -36,7 +36,7 @@ OPTIONS = {
 def write_configs(folder: Path) -> Path:
     """The configurations of the repository, with narrow networks and a judge of one epoch."""
     (folder / "diffusion").mkdir()
-    judge = {"class_path": "SmallResNet", "init_args": {"num_classes": 10, "width": 4}}
+    judge = {"class_path": "SmallResNet", "init_args": {"num_classes": 10, "width": 8}}
     (folder / "network.yaml").write_text(yaml.safe_dump(judge))
     for file in (CONFIGS / "diffusion").glob("*.yaml"):
         settings = yaml.safe_load(file.read_text())
