@@ -65,7 +65,7 @@ class SettingsReader:
         file and folder that a setting names: what it holds in place of its name, so that neither a comment in a configuration
         nor a folder that moved changes the key. A file of at most 1 MiB, such as a list of images to forget, counts by its
         content; a larger one, such as a checkpoint or a mask, by size and time; a folder by the names, sizes and times of its
-        files. Not looked into are folders under ``trainer``, where loggers and checkpoints are written, and those beside
+        files. Not looked into are folders under ``trainer``, where loggers and checkpoints are written, and a ``root`` beside
         ``download: true``, which torchvision fills and checks.
 
         Args:
@@ -76,7 +76,8 @@ class SettingsReader:
         return _digest([salun_lightning.__version__, content, list(needed)])
 
     def _content(self, name: str, value: Any, settings: Settings) -> Any:
-        filled = name.startswith("trainer.") or settings.get(f"{name.rpartition('.')[0]}.download") is True
+        owner, _, option = name.rpartition(".")
+        filled = name.startswith("trainer.") or (option == "root" and settings.get(f"{owner}.download") is True)
         if not isinstance(value, str) or not value or (filled and os.path.isdir(value)):
             return value
         return self._stamp(value)

@@ -288,3 +288,48 @@ def test_part_of_the_rows_is_plotted(tmp_path: Path, rows: list[str]) -> None:
     results = {key: result for key, result in keyed(CASED).items() if key[0] in rows}
     paths = plot(summarise(results, TABLE), results, TABLE, tmp_path)
     assert [path.name for path in paths] == ["comparison.png", "confidence.png"]
+
+
+def test_three_retrained_models_make_the_noise_floor() -> None:
+    table = Table("Retrain", ["Retrain again", "Retrain a third time"], metrics=["UA", "TA"])
+    cells = [
+        cell(row, seed, (float(ua), 100, 90, 10), 1)
+        for seed, figures in {1: (0, 2, 6), 2: (0, 0, 12)}.items()
+        for row, ua in zip(("Retrain", *table.noise_floor), figures, strict=True)
+    ]
+    results = keyed(cells)
+    summary = summarise(results, table)
+    assert list(summary) == ["Retrain", "Retrain again"]
+    # half the differences in UA: seed 1: 2, 6, 4; seed 2: 0, 12, 12
+    assert summary["Retrain again"]["gap"] == {"mean": 3.0, "std": pytest.approx(2.5298, abs=1e-4), "runs": 6}
+    assert summary["Retrain again"]["UA"] == {"mean": 5.0, "std": pytest.approx(5.2915, abs=1e-4), "runs": 4}
+    text = markdown(summary, results, table)
+    assert "| Retrain again (noise floor) | 5.00 ± 5.29 | 90.00 ± 0.00 | 3.00 ± 2.53 |" in text
+    assert "from each other: 3.00 ± 2.53 over 6 pairs." in text
+    assert "| Retrain a third time" not in text
+    assert "- Retrain a third time: `" in text
+
+
+def test_the_cost_is_paired() -> None:
+    results = keyed(CASED)
+    for result in results.values():
+        result["passes"] = {"original": 50, "Retrain": 40, "SalUn": 8}[result["row"]]
+    assert summarise(results, TABLE)["SalUn"]["cost"] == {"mean": pytest.approx(0.2), "std": pytest.approx(0), "runs": 3}
+
+
+def test_rows_that_failed_or_diverged_are_marked_and_plotted(results: Any, tmp_path: Path) -> None:
+    results["SalUn", (1, "")] |= {"state": "diverged", "metrics": {"UA": 90.0, "RA": float("nan"), "TA": 1.0, "MIA": None}}
+    results["SalUn", (1, "")]["forget_confidence"] = [None, 0.5]
+    failed = {"state": "failed", "error": "No memory", "metrics": {}, "command": "", "case": ""}
+    results["SalUn", (2, "")] = {"row": "SalUn", "seed": 2, **failed}
+    results["GA", (1, "")] = {"row": "GA", "seed": 1, **failed}
+    summary = summarise(results, TABLE)
+    assert summary["GA"] == {}
+    assert summary["SalUn"]["UA"]["runs"] == 2
+    assert "gap" not in summary["SalUn"]
+    text = markdown(summary, results, TABLE)
+    assert "| SalUn (1 of 3 diverged; 1 of 3 failed) | 70.00 ± 28.28 | 50.00 ± 0.00 |" in text
+    assert "| GA (1 of 1 failed) | - | - | - | - | - | - | - |" in text
+    assert "Failed: SalUn, seed 2: No memory." in text
+    paths = plot(summary, results, TABLE, tmp_path)
+    assert [path.name for path in paths] == ["comparison.png", "confidence.png"]
