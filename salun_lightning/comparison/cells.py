@@ -27,7 +27,7 @@ def run(cell: Cell) -> dict[str, Any]:
     cli.trainer.callbacks[:0] = [timer, passes]  # type: ignore[attr-defined]  # first: they count the saliency pass, too
     cli.trainer.callbacks.append(evidence)  # type: ignore[attr-defined]
     if cell.trained is None:
-        tested = str(cell.checkpoint) if is_whole(cell.checkpoint) else None
+        tested = str(cell.checkpoint) if cell.checkpoint.is_file() else None
         cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=tested, weights_only=True)
         cost = {"seconds": timer.time_elapsed("train"), "passes": passes.number}
     else:
@@ -63,26 +63,27 @@ def run(cell: Cell) -> dict[str, Any]:
     return result
 
 
-def is_whole(checkpoint: Path) -> bool:
-    """Whether there is a checkpoint that can be read; a damaged one is set aside."""
+def fault(checkpoint: Path) -> str | None:
+    """Why a checkpoint cannot be used, as the end of a sentence; None if it can."""
     if not checkpoint.is_file():
-        return False
+        return "it is gone"
     try:
         torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises whatever the damaged bytes make of it
-        set_aside(checkpoint, f"it is damaged ({type(error).__name__}) and is made again")
-        return False
-    return True
+        return f"it is damaged ({type(error).__name__})"
+    return None
 
 
 def _prepare(cell: Cell) -> None:
-    """The folder, with nothing in it that was made with other settings."""
+    """The folder, with nothing in it that is damaged or was made with other settings."""
     started = cell.folder / "cell.json"
-    if read_json(started).get("key") == cell.key:
-        return
-    if cell.checkpoint.parent.exists() or (cell.folder / "result.json").exists():
-        set_aside(cell.folder, "it was made with other settings")
-    write_json(started, {"key": cell.key, "command": cell.command})
+    if read_json(started).get("key") != cell.key:
+        if cell.checkpoint.parent.exists() or (cell.folder / "result.json").exists():
+            set_aside(cell.folder, "it was made with other settings")
+        write_json(started, {"key": cell.key, "command": cell.command})
+    why = fault(cell.checkpoint)
+    if why is not None and cell.checkpoint.is_file():
+        set_aside(cell.checkpoint, why)
 
 
 def _merged(results: Any) -> list[dict[str, float]]:

@@ -47,8 +47,9 @@ class Schedule:
                     continue
                 left.append(cell)
             if left == pending:
-                print(f"waiting for another process that runs {left[0].name}", flush=True)
-                with _lock(left[0]):
+                running = next((needed for needed in left[0].needed if needed.result is None), left[0])
+                print(f"waiting for another process, which runs '{running.name}'", flush=True)
+                with _lock(running):
                     pass
             pending = left
 
@@ -77,17 +78,20 @@ class Schedule:
 
     def _at_hand(self, needed: Cell) -> bool:
         """Whether the checkpoint of a cell that was run can be read. A damaged one is set aside and trained again."""
-        from salun_lightning.comparison.cells import is_whole
+        from salun_lightning.comparison.cells import fault
 
-        if needed in self.failed or needed.result is None or is_whole(needed.checkpoint):
-            return needed in self.failed or needed.result is not None
+        if needed in self.failed or needed.result is None:
+            return False
+        if fault(needed.checkpoint) is None:
+            return True
         try:
             held = _lock(needed).acquire(blocking=False)
         except Timeout:
             return False
         with held:
-            if needed.result is not None and not needed.checkpoint.is_file():
-                set_aside(needed.folder / "result.json", "its checkpoint is gone")
+            why = fault(needed.checkpoint)  # another process may have been faster
+            if why is not None and needed.result is not None:
+                set_aside(needed.folder / "result.json", f"of its checkpoint: {why}")
         return self._end(needed)
 
     def _run(self, cell: Cell) -> tuple[dict[str, Any] | None, str]:

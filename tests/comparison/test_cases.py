@@ -119,6 +119,31 @@ def test_placeholders_of_models_trained_first() -> None:
     assert not any("{" in cell.command for cell in (*plan.first, *plan.cells))
 
 
+@pytest.mark.parametrize("config", sorted(CONFIGS.parents[1].glob("*/compare*.yaml")), ids=str)
+def test_every_retrained_model_has_a_seed_of_its_own(config: Path) -> None:
+    """With the original's initialisation it would be closer to the original than a model that never saw it."""
+    comparison = yaml.safe_load(config.read_text())
+    floor = comparison.get("noise_floor", [])
+    retrained = [comparison["rows"][name]["options"]["seed_everything"] for name in ("Retrain", *floor)]
+    assert comparison["options"]["seed_everything"] == "{seed}"
+    assert len({"{seed}", *retrained}) == 2 + len(floor)
+    assert len(floor) in {0, 2}
+
+
+def test_other_seeds_are_an_offset_away() -> None:
+    plan = Plan(Path("out"), {"seed_everything": "{seed+1000}", "data.split_seed": "{seed-1}"})
+    plan.add({"Retrain": row("retrain.yaml")}, [7], {})
+    assert "--seed_everything 1007 --data.split_seed 6" in plan.cells[0].command
+
+
+@pytest.mark.parametrize(
+    ("called", "shown"), [("/usr/bin/salun-lightning", "salun-lightning fit"), ("x.py", "python train.py fit")]
+)
+def test_commands_are_shown_as_the_program_was_called(monkeypatch: pytest.MonkeyPatch, called: str, shown: str) -> None:
+    monkeypatch.setattr("sys.argv", [called])
+    assert by_place(planned(**SMALL))["Retrain", 1, ""].command.startswith(shown)
+
+
 def test_further_arguments_reach_what_is_trained_first() -> None:
     plan = planned(arguments=["--trainer.max_steps=3"], **SMALL)
     assert all("--trainer.max_steps=3" in cell.command for cell in (*plan.first, *plan.cells))

@@ -1,4 +1,4 @@
-"""What goes wrong in one cell, or is done by another process, and what becomes of the others. The digits, as small as they get."""
+"""What goes wrong in one cell, or is done by another process, and what becomes of the others."""
 
 import json
 import os
@@ -217,7 +217,7 @@ def test_two_processes_take_turns(config: Path) -> None:
     outputs = [process.communicate(timeout=300) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     lines = [[line for line in out.splitlines() if line.startswith("[")] for out, _ in outputs]
-    run = [line for line in sum(lines, []) if not line.endswith("was there")]
+    run = [line for of_one in lines for line in of_one if not line.endswith("was there")]
     assert sorted(line.split("]")[1].split()[0] for line in run) == sorted(ROWS)
     assert [len(of_one) for of_one in lines] == [4, 4]
     tables = [out[out.index("| |") : out.index("wrote ")] for out, _ in outputs]
