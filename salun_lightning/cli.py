@@ -2,6 +2,7 @@
 
 import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 USAGE = """\
@@ -47,3 +48,8 @@ def main(args: list[str] | None = None) -> Any:
     if words[0] == "test":
         words = ["test", "--verbose=false", *words[1:]]
     return UnlearningCLI(args=words)
+
+
+def program() -> str:
+    """How the command line was called, for commands that are shown to be run again."""
+    return "salun-lightning" if Path(sys.argv[0]).stem == "salun-lightning" else "python train.py"

@@ -1,45 +1,41 @@
 """Runs one cell of a comparison, or picks it up where it was."""
 
-import shutil
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Timer
-from torch import Tensor
-from torchvision.transforms.functional import to_pil_image
-from torchvision.utils import make_grid
-from typing_extensions import override
 
+from salun_lightning.comparison.observers import Evidence, Passes
 from salun_lightning.comparison.plan import Cell
-from salun_lightning.files import read_json, write_json
+from salun_lightning.files import read_json, set_aside, write_json
 from salun_lightning.lightning_cli import UnlearningCLI
 from salun_lightning.saliency import SaliencyMasking
-
-_SHOWN = 8  # generated images of each class in the report
 
 
 def run(cell: Cell) -> dict[str, Any]:
     """Train, test, and write ``result.json``. A run that was killed goes on from its last epoch."""
-    started = cell.folder / "cell.json"
-    if read_json(started).get("key") != cell.key:  # nothing there, or something that was made with other settings
-        shutil.rmtree(cell.folder, ignore_errors=True)
-        write_json(started, {"key": cell.key, "command": cell.command})
+    _prepare(cell)
     cli = UnlearningCLI(args=list(cell.arguments), run=False)
     if cli.trainer.world_size > 1:
         raise ValueError(
             "A comparison runs each cell on one device. Share the cells out (--only, --seeds), or run their fit commands."
         )
-    timer, evidence = Timer(), _Evidence()
-    cli.trainer.callbacks[:0] = [timer]  # type: ignore[attr-defined]  # first, so that it counts the saliency pass
+    timer, passes, evidence = Timer(), Passes(), Evidence()
+    cli.trainer.callbacks[:0] = [timer, passes]  # type: ignore[attr-defined]  # first: they count the saliency pass, too
     cli.trainer.callbacks.append(evidence)  # type: ignore[attr-defined]
     if cell.trained is None:
-        resumed = str(cell.checkpoint) if cell.checkpoint.is_file() else None
-        cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=resumed, weights_only=True)
-        seconds, tested = timer.time_elapsed("train"), resumed  # where nothing was left to train, its average is only there
+        tested = str(cell.checkpoint) if cell.checkpoint.is_file() else None
+        cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=tested, weights_only=True)
+        cost = {"seconds": timer.time_elapsed("train"), "passes": passes.number}
     else:
-        seconds, tested = (cell.trained.result or {})["seconds"], str(cell.trained.checkpoint)
+        of_trained = cell.trained.result or {}
+        tested = str(cell.trained.checkpoint)
+        cost = {name: of_trained[name] for name in ("seconds", "passes")}
+    losses = [float(value) for value in cli.trainer.callback_metrics.values()]
+    # where nothing was left to train, the average of its weights is only in the checkpoint
     (metrics,) = _merged(
         cli.trainer.test(cli.model, datamodule=cli.datamodule, ckpt_path=tested, verbose=False, weights_only=True)
     )
@@ -50,8 +46,10 @@ def run(cell: Cell) -> dict[str, Any]:
         "seed": cell.seed,
         "case": cell.case,
         "command": cell.command,
+        "state": "finished" if all(map(math.isfinite, (*losses, *metrics.values()))) else "diverged",
         "metrics": metrics,
-        "seconds": seconds,
+        **cost,
+        "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if cli.trainer.strategy.root_device.type == "cuda" else "cpu",
         "features": getattr(getattr(cli.model, "quality", None), "description", None),
         "forget_confidence": evidence.confidence,
@@ -65,6 +63,29 @@ def run(cell: Cell) -> dict[str, Any]:
     return result
 
 
+def fault(checkpoint: Path) -> str | None:
+    """Why a checkpoint cannot be used, as the end of a sentence; None if it can."""
+    if not checkpoint.is_file():
+        return "it is gone"
+    try:
+        torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises whatever the damaged bytes make of it
+        return f"it is damaged ({type(error).__name__})"
+    return None
+
+
+def _prepare(cell: Cell) -> None:
+    """The folder, with nothing in it that is damaged or was made with other settings."""
+    started = cell.folder / "cell.json"
+    if read_json(started).get("key") != cell.key:
+        if cell.checkpoint.parent.exists() or (cell.folder / "result.json").exists():
+            set_aside(cell.folder, "it was made with other settings")
+        write_json(started, {"key": cell.key, "command": cell.command})
+    why = fault(cell.checkpoint)
+    if why is not None and cell.checkpoint.is_file():
+        set_aside(cell.checkpoint, why)
+
+
 def _merged(results: Any) -> list[dict[str, float]]:
     """Lightning reports a dictionary for each loader; the names do not collide."""
     return [{name: value for result in results for name, value in result.items()}]
@@ -76,33 +97,3 @@ def _mask_facts(trainer: Trainer, folder: Path) -> dict[str, Any]:
             callback.mask.save(folder / "mask.safetensors")
             return {"mask": callback.report, "mask_density": callback.mask.density()}
     return {}
-
-
-class _Evidence(Callback):
-    """Collects, while testing, what the report shows of each model."""
-
-    def __init__(self) -> None:
-        self.confidence: list[float] = []
-        """The probability of the true class of each image of the forget set."""
-        self.samples: dict[int, dict[int, Tensor]] = {}
-        """The first generated images of each class, by class and number."""
-
-    @override
-    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any, **__: Any) -> None:
-        if outputs["set"] == "forget" and "probabilities" in outputs:
-            true = outputs["probabilities"].gather(1, outputs["target"].unsqueeze(1))
-            self.confidence += true.flatten().tolist()
-        if outputs["set"] == "generated":
-            for image, target, index in zip(
-                outputs["image"], outputs["target"].tolist(), outputs["index"].tolist(), strict=True
-            ):
-                if index < _SHOWN:
-                    self.samples.setdefault(target, {})[index] = image.cpu()
-
-    def save_samples(self, path: Path) -> None:
-        """Save a picture with a row of images for each class, a pixel apart."""
-        if self.samples:
-            images = [numbered[index] for _, numbered in sorted(self.samples.items()) for index in sorted(numbered)]
-            grid = make_grid(torch.stack(images), nrow=len(images) // len(self.samples), padding=1, pad_value=127)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            to_pil_image(grid[:1] if len(images[0]) == 1 else grid).save(path)  # it makes grey images coloured

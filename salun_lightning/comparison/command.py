@@ -1,10 +1,8 @@
 """The command ``compare``."""
 
-import logging
 import os
 import platform
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,8 @@ from jsonargparse import ArgumentParser
 import salun_lightning
 from salun_lightning.comparison.plan import Cell, Plan, Row
 from salun_lightning.comparison.plots import plot, plot_samples
-from salun_lightning.comparison.report import METRICS, Table, average_gap, markdown, summarise
+from salun_lightning.comparison.report import METRICS, Results, Table, average_gap, finite, markdown, summarise
+from salun_lightning.comparison.schedule import CellsFailed, Schedule
 from salun_lightning.files import write_json, write_text
 
 
@@ -23,27 +22,30 @@ def compare(
     seeds: int | list[int],
     options: dict[str, Any],
     reference: str = "Retrain",
-    noise_floor: str | None = None,
+    noise_floor: str | list[str] | None = None,
     only: str | list[str] | None = None,
     arguments: list[str] | None = None,
     cases: dict[str, dict[str, Any]] | None = None,
     first: dict[str, Row] | None = None,
     metrics: list[str] | None = None,
     gap: bool = True,
+    threads: int = 1,
 ) -> dict[str, Any]:
     """Run methods x seeds against a paired retrained model, and report.
 
-    Every cell (one row, one seed, one case) is one ``fit`` command with a folder of its own. A finished cell is not run again;
-    a killed one goes on from its last epoch.
+    Every cell (one row, one seed, one case) is one ``fit`` command with a folder of its own. A finished cell is not run again
+    unless its settings, or what its files hold, have changed; a killed one goes on from its last epoch; one that fails does not
+    stop the others. Several processes may share the work: each takes the cells that no other one runs.
 
     Args:
         rows: The rows of the table by name, each a configuration of ``fit`` with overrides. Rows that start from an original
             model need a row called ``original``.
         out: Folder of the comparison.
         seeds: One or several seeds.
-        options: Options of ``fit`` for every row; ``{seed}`` stands for the seed, ``{other_seed}`` for another one.
+        options: Options of ``fit`` for every row; ``{seed}`` stands for the seed, ``{seed+1000}`` for another one.
         reference: The row that gaps are measured against: the retrained model.
-        noise_floor: The row that repeats the reference with another seed.
+        noise_floor: The rows that repeat the reference with other seeds. They become one row of the table: how far retrained
+            models are from each other.
         only: Run only these rows (and the original models they start from); the table shows all that is there.
         arguments: Further arguments of ``fit`` for every row; on the command line, all that follows ``--``.
         cases: What each seed is repeated for, such as the class to forget: options of ``fit`` by name. The original model of a
@@ -52,76 +54,94 @@ def compare(
             ``fit``. In the options ``{name}`` stands for the checkpoint.
         metrics: The columns of the table, as ``test`` names them; by default UA, RA, TA and MIA.
         gap: Whether the mean absolute difference of these to the reference is a column.
+        threads: The number of threads each cell computes with. Tiny networks are fastest with one.
 
     Returns:
         What was written to ``results.json``.
 
     Raises:
-        ValueError: ``only``, ``reference`` or ``noise_floor`` name no row.
+        ValueError: A name, a number or an option is not known or not possible. A finished table stays as it is.
+        CellsFailed: Some cells failed. The others were run and reported.
     """
-    seeds = [seeds] if isinstance(seeds, int) else seeds
+    seeds, floor = _listed(seeds), _listed(noise_floor) if noise_floor is not None else []
+    asked = list(rows) if only is None else _listed(only)
+    metrics = list(METRICS) if metrics is None else metrics
+    for name, values in {"seeds": seeds, "only": asked, "metrics": metrics}.items():
+        if not values or len(set(values)) < len(values):
+            raise ValueError(f"'{name}' is {values}. Name at least one, and each only once.")
+    if threads < 1:
+        raise ValueError(f"'threads' is {threads}. A cell needs at least one.")
     known = {name.lower(): name for name in rows}
-    asked = list(rows) if only is None else [only] if isinstance(only, str) else only
-    for name in (*asked, reference, noise_floor or reference):
+    for name in (*asked, reference, *floor):
         if name.lower() not in known:
             raise ValueError(f"There is no row '{name}'. The rows are: {', '.join(rows)}.")
+    if reference in floor:
+        raise ValueError(f"The row '{reference}' is the reference. 'noise_floor' names rows that repeat it with other seeds.")
     chosen = {known[name.lower()] for name in asked}
     plan = Plan(out, options, arguments or [])
     plan.add_first(first or {})
     plan.add(rows, seeds, cases or {})
+    plan.reader.save()
     wanted = {cell for cell in plan.cells if cell.row in chosen}
-    wanted |= {needed for cell in wanted for needed in (cell.original, cell.trained) if needed is not None}
-    table = Table(reference, noise_floor, metrics or list(METRICS), gap)
+    wanted |= {needed for cell in wanted for needed in cell.needed}
+    table = Table(known[reference.lower()], [known[name.lower()] for name in floor], metrics, gap)
     started = time.perf_counter()
-    _run_all([*plan.first, *(cell for cell in plan.cells if cell in wanted)], table)
-    return _report(list(rows), plan, table, time.perf_counter() - started)
+    cells = [*plan.first, *(cell for cell in plan.cells if cell in wanted)]
+    failed = _run_all(cells, plan.first, table, threads)
+    report = _report(list(rows), plan, table, failed, time.perf_counter() - started)
+    if failed:
+        raise CellsFailed(
+            f"{len(failed)} of {len(cells)} cells failed. "
+            + " ".join(f"{cell.name}: {result['error']}." for cell, result in failed.items())
+            + " The same command runs them again; 'error.txt' in the folder of a cell tells where it failed."
+        )
+    return report
 
 
-def _run_all(cells: list[Cell], table: Table) -> None:
+def _listed(values: Any) -> list[Any]:
+    return values if isinstance(values, list) else [values]
+
+
+def _run_all(cells: list[Cell], first: list[Cell], table: Table, threads: int) -> dict[Cell, dict[str, Any]]:
+    """Run the cells and print a line of each; returns what is known of those that failed."""
     results: dict[Any, dict[str, Any]] = {}
-    for number, cell in enumerate(cells, start=1):
-        result = cell.result
-        note = "was there"
-        if result is None:
-            result = _run_quietly(cell)
-            note = f"{result['seconds']:.1f} s" if cell.trained is None else "tested"
-        results[cell.row, cell.run] = result
-        measured = result["metrics"]
+
+    def report(cell: Cell, result: dict[str, Any], note: str) -> None:
+        measured = finite(result["metrics"])
+        unknown = [name for name in table.metrics if name not in result["metrics"]]
+        if unknown and result["metrics"] and not results and cell not in first:
+            names = ", ".join(sorted(result["metrics"]))
+            raise ValueError(f"No row measures {' and '.join(unknown)}. 'metrics' may name: {names}.")
+        if cell not in first and result["metrics"]:
+            results[cell.row, cell.run] = result
         figures = "  ".join(f"{name} {measured[name]:6.2f}" for name in table.metrics if name in measured)
         paired = results.get((table.reference, cell.run))
         distance = average_gap(measured, paired["metrics"], table.metrics) if paired and table.gap else None
         gap = "" if distance is None else f"  gap {distance:5.2f}"
         where = f"seed {cell.seed}" + (f", {cell.case}" if cell.case else "")
-        print(f"[{number:3}/{len(cells)}] {cell.row:<24} {where}  {figures}{gap}  {note}", flush=True)
+        state = "  diverged" if result["state"] == "diverged" else ""
+        number = f"[{cells.index(cell) + 1:3}/{len(cells)}]"
+        print(f"{number} {cell.row:<24} {where}  {figures}{gap}{state}  {note}", flush=True)
+
+    schedule = Schedule(cells, threads, report)
+    schedule.run()
+    return schedule.failed
 
 
-def _run_quietly(cell: Cell) -> dict[str, Any]:
-    """Lightning describes each run at length; a comparison has many, and reports on them itself."""
-    from salun_lightning.comparison.cells import run
-
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="lightning.*")
-            return run(cell)
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
-def _report(order: list[str], plan: Plan, table: Table, seconds: float) -> dict[str, Any]:
+def _report(order: list[str], plan: Plan, table: Table, failed: dict[Cell, dict[str, Any]], seconds: float) -> dict[str, Any]:
     cells = sorted(plan.cells, key=lambda cell: order.index(cell.row))
-    results = {(cell.row, cell.run): result for cell in cells if (result := cell.result) is not None}
-    first = {cell.row: result for cell in plan.first if (result := cell.result) is not None}
+    results: Results = {
+        (cell.row, cell.run): {**result, "command": cell.command}
+        for cell in cells
+        if (result := cell.result or failed.get(cell)) is not None
+    }
+    first = {cell.row: result for cell in plan.first if (result := cell.result or failed.get(cell)) is not None}
     summary = summarise(results, table)
     text = markdown(summary, results, table, first)
-    write_text(plan.out / "table.md", text)
     report = {
         "version": salun_lightning.__version__,
         "machine": {"platform": platform.platform(), "cpus": os.cpu_count(), **_versions()},
+        "threads": sorted({result["threads"] for result in results.values() if "threads" in result}),
         "seconds": seconds,
         "reference": table.reference,
         "noise_floor": table.noise_floor,
@@ -129,9 +149,12 @@ def _report(order: list[str], plan: Plan, table: Table, seconds: float) -> dict[
         "summary": summary,
         "cells": list(results.values()),
     }
+    if not any(figures for figures in summary.values()):  # a finished table is worth more
+        return report
+    write_text(plan.out / "table.md", text)
     write_json(plan.out / "results.json", report)
     pictures = plot(summary, results, table, plan.out)
-    pictures += plot_samples([cell for cell in cells if (cell.row, cell.run) in results], plan.out)
+    pictures += plot_samples([cell for cell in cells if cell.result is not None], plan.out)
     print("\n" + text.split("\nOne row again")[0])
     print("wrote " + ", ".join(str(path) for path in (plan.out / "table.md", plan.out / "results.json", *pictures)))
     return report

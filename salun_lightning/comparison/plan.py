@@ -1,19 +1,18 @@
 """What a comparison consists of: rows x seeds, each cell one ``fit`` command."""
 
-import hashlib
 import json
 import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jsonargparse.typing import Path_fr
 
-import salun_lightning
+from salun_lightning.cli import program
+from salun_lightning.comparison.settings import SettingsReader
 from salun_lightning.files import read_json
 
 
@@ -23,8 +22,8 @@ class Row:
 
     Args:
         config: Configuration file of ``fit``, relative to the file that names it.
-        options: Options of ``fit`` on top, such as ``saliency.ratio: 0.3``. Filled in are ``{seed}``, ``{other_seed}``, and the
-            checkpoint of each model that is trained first, as ``{name}``.
+        options: Options of ``fit`` on top, such as ``saliency.ratio: 0.3``. Filled in are ``{seed}``, other seeds such as
+            ``{seed+1000}``, and the checkpoint of each model that is trained first, as ``{name}``.
     """
 
     config: Path_fr
@@ -44,6 +43,7 @@ class Cell:
         key: Digest of all that determines the outcome; a finished cell with the same key is not run again.
         original: The cell that trains the original model this one starts from.
         trained: The cell whose model this one only tests.
+        first: The cells that train what every cell may use, such as the classifier that judges images.
     """
 
     row: str
@@ -54,6 +54,17 @@ class Cell:
     key: str
     original: "Cell | None" = None
     trained: "Cell | None" = None
+    first: "tuple[Cell, ...]" = ()
+
+    @property
+    def needed(self) -> "list[Cell]":
+        """The cells whose checkpoints this one reads."""
+        return [cell for cell in (self.original, self.trained, *self.first) if cell is not None]
+
+    @property
+    def name(self) -> str:
+        """How the cell is called in messages."""
+        return f"{self.row}, seed {self.seed}" + (f", {self.case}" if self.case else "")
 
     @property
     def run(self) -> tuple[int, str]:
@@ -64,8 +75,8 @@ class Cell:
     def command(self) -> str:
         """The command that repeats this cell."""
         if self.trained is None:
-            return shlex.join(["python", "train.py", "fit", *self.arguments])
-        return shlex.join(["python", "train.py", "test", *self.arguments, "--ckpt_path", str(self.trained.checkpoint)])
+            return f"{program()} {shlex.join(['fit', *self.arguments])}"
+        return f"{program()} {shlex.join(['test', *self.arguments, '--ckpt_path', str(self.trained.checkpoint)])}"
 
     @property
     def checkpoint(self) -> Path:
@@ -100,37 +111,37 @@ class Plan:
     first: list[Cell] = field(default_factory=list)
     cells: list[Cell] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self.reader = SettingsReader(self.out)
+
     def add_first(self, models: Mapping[str, Row]) -> None:
-        """Plan what is trained once, before all else."""
+        """Plan what is trained once, before all else.
+
+        Raises:
+            ValueError: ``fit`` does not accept the settings of one.
+        """
         for name, row in models.items():
             self.first.append(self._cell(name, 0, "", row, {}, self.out / slug(name)))
 
     def add(self, rows: Mapping[str, Row], seeds: Sequence[int], cases: Mapping[str, dict[str, Any]]) -> None:
         """Plan rows x seeds x cases, those that train an original model first.
 
-        A row whose configuration starts from an original model starts from that of its seed: from the cell of the row
-        ``original``. That one is trained in the first case and tested in all, because it is trained on everything.
+        A row whose settings name an original model starts from that of its seed: from the cell of the row ``original``. That
+        one is trained in the first case and tested in all, because it is trained on everything.
 
         Raises:
-            ValueError: A row starts from an original model, and there is no row called ``original``; or two cells would share a
-                folder.
+            ValueError: ``fit`` does not accept the settings of a row; a row starts from an original model, and there is no row
+                called ``original``; or two cells would share a folder.
         """
         originals: dict[int, Cell] = {}
         for name in sorted(rows, key=lambda name: name != "original"):
-            starts = name != "original" and _starts_from_original(rows[name])
-            if starts and "original" not in rows:
-                raise ValueError(f"The row '{name}' starts from an original model, but there is no row 'original'.")
             for seed in seeds:
                 for name_of_case, own in (cases or {"": {}}).items():
                     case = str(name_of_case)  # YAML reads names of digits as numbers
                     folder = self.out / slug(name) / "-".join(["seed", str(seed), *([slug(case)] if case else [])])
-                    options = {**self.options, **own}
-                    original = originals.get(seed) if starts else None
-                    trained = originals.get(seed) if name == "original" else None
-                    cell = self._cell(name, seed, case, rows[name], options, folder, original, trained)
-                    self.cells.append(cell)
+                    self.cells.append(self._cell(name, seed, case, rows[name], {**self.options, **own}, folder, originals))
                     if name == "original":
-                        originals.setdefault(seed, cell)
+                        originals.setdefault(seed, self.cells[-1])
         self._check_folders(rows)
 
     def _check_folders(self, rows: Mapping[str, Row]) -> None:
@@ -151,32 +162,47 @@ class Plan:
         row: Row,
         options: dict[str, Any],
         folder: Path,
-        original: Cell | None = None,
-        trained: Cell | None = None,
+        originals: Mapping[int, Cell] | None = None,
     ) -> Cell:
-        config = Path(os.path.relpath(row.config.absolute))
-        words = {"seed": str(seed), "other_seed": str(seed + 1000), **{cell.row: str(cell.checkpoint) for cell in self.first}}
-        settings = [*_arguments({**options, **row.options}, words), *self.arguments]
-        places = {"trainer.default_root_dir": str(folder)}
-        if original is not None:
-            places["model.original"] = str(original.checkpoint)
-        needed = [cell.key for cell in (original, trained, *self.first) if cell is not None]
-        values = (Path(setting.rpartition("=")[2]) for setting in settings if setting.endswith(".yaml"))
-        contents = [_contents(path) for path in (config, *values) if path.is_file()]
-        outcome = [salun_lightning.__version__, settings, contents, needed]
-        key = hashlib.sha256(json.dumps(outcome).encode()).hexdigest()[:16]
-        arguments = ("--config", str(config), *settings, *_arguments(places, {}))
-        return Cell(name, seed, case, folder, arguments, key, original, trained)
+        words = ["--config", os.path.relpath(row.config.absolute), *_arguments({**options, **row.options}), *self.arguments]
+        words = [_with_seed(word, seed) for word in words]
+        names = {cell.row: f"<{cell.row}>" for cell in self.first}  # what the comparison trains itself counts by its key
+        try:
+            settings = self.reader.read([_with_models(word, names) for word in words])
+        except ValueError as error:
+            raise ValueError(f"Row '{name}': {error}") from error
+        original = trained = None
+        if originals is not None and name == "original":
+            trained = originals.get(seed)
+        elif originals is not None and settings.get(_ORIGINAL) is not None:
+            original = originals.get(seed)
+            if original is None:
+                raise ValueError(f"The row '{name}' starts from an original model, but there is no row 'original'.")
+            settings[_ORIGINAL] = "<original>"
+        cell = Cell(name, seed, case, folder, (), "", original, trained, tuple(self.first))
+        arguments = [_with_models(word, {cell.row: str(cell.checkpoint) for cell in self.first}) for word in words]
+        arguments += ["--trainer.default_root_dir", str(folder)]
+        arguments += ["--model.original", str(original.checkpoint)] if original is not None else []
+        key = self.reader.key(settings, [needed.key for needed in cell.needed])
+        return replace(cell, arguments=tuple(arguments), key=key)
 
 
-def _arguments(options: Mapping[str, Any], words: Mapping[str, str]) -> list[str]:
-    arguments = []
-    for option, value in options.items():
-        text = value if isinstance(value, str) else json.dumps(value)
-        for word, filling in words.items():
-            text = text.replace("{" + word + "}", filling)
-        arguments += [f"--{option}", text]
-    return arguments
+_ORIGINAL = "model.init_args.original"
+
+
+def _arguments(options: Mapping[str, Any]) -> list[str]:
+    values = {option: value if isinstance(value, str) else json.dumps(value) for option, value in options.items()}
+    return [word for option, value in values.items() for word in (f"--{option}", value)]
+
+
+def _with_seed(word: str, seed: int) -> str:
+    return re.sub(r"\{seed([+-]\d+)?\}", lambda found: str(seed + int(found[1] or 0)), word)
+
+
+def _with_models(word: str, models: Mapping[str, str]) -> str:
+    for name, model in models.items():
+        word = word.replace("{" + name + "}", model)
+    return word
 
 
 def slug(name: str) -> str:
@@ -187,15 +213,3 @@ def slug(name: str) -> str:
         'salun-random-mask'
     """
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
-def _starts_from_original(row: Row) -> bool:
-    model = yaml.safe_load(Path(row.config.absolute).read_text(encoding="utf-8"))["model"]
-    return bool(model.get("init_args", {}).get("original")) or "model.original" in row.options
-
-
-def _contents(config: Path) -> list[str]:
-    """The text of a configuration file and of the files it names."""
-    text = config.read_text(encoding="utf-8")
-    named = [config.parent / name for name in re.findall(r"[\w./-]+\.yaml", text)]
-    return [text, *(content for path in named if path.is_file() for content in _contents(path))]

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from salun_lightning.comparison.plan import Cell, slug
-from salun_lightning.comparison.report import Results, Table, average_gap
+from salun_lightning.comparison.report import Results, Table, average_gap, finite
 
 _PERCENT = {"UA", "RA", "TA", "MIA", "acc"}
 
@@ -49,7 +49,7 @@ def _drawn(drawings: Mapping[str, Callable[[Any], None]], out: Path) -> list[Pat
 
 def _draw_metrics(plt: Any, summary: Mapping[str, Any], results: Results, table: Table) -> None:
     reference, noise_floor = table.reference, table.noise_floor
-    rows = [row for row in summary if row not in (reference, noise_floor)]
+    rows = [row for row in summary if row not in (reference, *noise_floor)]
     names = [*table.metrics, *(["gap"] if table.gap else [])]
     size = (3 * len(names), 0.55 * len(rows) + 1.6)
     _, (axes,) = plt.subplots(1, len(names), figsize=size, sharey=True, squeeze=False)
@@ -66,7 +66,7 @@ def _draw_metrics(plt: Any, summary: Mapping[str, Any], results: Results, table:
         axis.set_title(
             "avg. gap (lower is better)" if name == "gap" else f"{name}  [%]" if name in _PERCENT else name, fontsize=11
         )
-        mark = summary.get(noise_floor or "", {}).get("gap") if name == "gap" else summary.get(reference, {}).get(name)
+        mark = summary.get((*noise_floor, "")[0], {}).get("gap") if name == "gap" else summary.get(reference, {}).get(name)
         if mark:
             label = "noise floor" if name == "gap" else reference
             axis.axvline(mark["mean"], color="black", linewidth=1, label=label)
@@ -79,7 +79,7 @@ def _draw_metrics(plt: Any, summary: Mapping[str, Any], results: Results, table:
 
 
 def _figure(name: str, results: Results, row: str, run: Any, table: Table) -> float | None:
-    measured: Mapping[str, float] = results[row, run]["metrics"]
+    measured = finite(results[row, run]["metrics"])
     if name != "gap":
         return measured.get(name)
     paired = results.get((table.reference, run))
@@ -89,11 +89,10 @@ def _figure(name: str, results: Results, row: str, run: Any, table: Table) -> fl
 def _draw_confidence(plt: Any, results: Results, table: Table) -> None:
     """How sure the models are of what they were to forget: 1 - p, because all that differs lies close to p = 1."""
     _, axis = plt.subplots(figsize=(7, 4.5))
-    rows = dict.fromkeys(row for row, _ in results if row != table.noise_floor)
+    rows = dict.fromkeys(row for row, _ in results if row not in table.noise_floor)
     for row in rows:
-        doubts = sorted(
-            max(1 - p, 1e-7) for (other, _), result in results.items() if other == row for p in result["forget_confidence"]
-        )
+        sure = [p for (other, _), result in results.items() if other == row for p in result.get("forget_confidence", [])]
+        doubts = sorted(max(1 - p, 1e-7) for p in sure if p is not None)
         heights = [(i + 1) / len(doubts) for i in range(len(doubts))]
         style = {"color": "black", "linewidth": 2.5} if row == table.reference else {"linewidth": 1.3}
         axis.step(doubts, heights, where="post", label=row, **style)

@@ -1,7 +1,10 @@
 """The table and the figures of a comparison."""
 
+import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import combinations
 from statistics import fmean, stdev
 from typing import Any
 
@@ -25,13 +28,13 @@ class Table:
 
     Args:
         reference: The row that gaps are measured against.
-        noise_floor: The row that repeats the reference with another seed.
+        noise_floor: The rows that repeat the reference with other seeds; in the table the first stands for all.
         metrics: The columns, as ``test`` names them.
         gap: Whether the average gap over them is a column.
     """
 
     reference: str = "Retrain"
-    noise_floor: str | None = None
+    noise_floor: list[str] = field(default_factory=list)
     metrics: list[str] = field(default_factory=lambda: list(METRICS))
     gap: bool = True
 
@@ -39,21 +42,33 @@ class Table:
 def summarise(results: Results, table: Table) -> dict[str, dict[str, dict[str, float]]]:
     """Mean, standard deviation and number of runs of each figure of each row.
 
-    ``gap`` is the mean over the metrics of the absolute difference to the reference of the same run; ``cost`` is the training
-    time as a fraction of the reference's. Both are paired: computed run by run, for the runs that have both, and then averaged.
+    ``gap`` is the mean over the metrics of the absolute difference to the reference of the same run; ``cost`` and ``time`` are
+    the passes and the seconds of training as fractions of the reference's. All are paired: computed run by run, for the runs
+    that have both, and then averaged. The rows of the noise floor become one, whose gap is that of all pairs of models, the
+    reference among them, that were retrained for the same run.
     """
     rows: dict[str, dict[str, list[float]]] = {}
     for (row, run), result in results.items():
-        figures = rows.setdefault(row, {name: [] for name in (*table.metrics, "gap", "cost")})
-        for name in table.metrics:
-            if name in result["metrics"]:
-                figures[name].append(result["metrics"][name])
+        name = table.noise_floor[0] if row in table.noise_floor else row
+        figures = rows.setdefault(name, {name: [] for name in (*table.metrics, "gap", "cost", "time")})
+        measured = finite(result["metrics"])
+        for metric in table.metrics:
+            if metric in measured:
+                figures[metric].append(measured[metric])
         paired = results.get((table.reference, run))
-        if paired is not None:
-            figures["cost"].append(result["seconds"] / paired["seconds"])
-            gap = average_gap(result["metrics"], paired["metrics"], table.metrics)
-            if table.gap and gap is not None:
-                figures["gap"].append(gap)
+        if paired is None:
+            continue
+        for name, counted in (("cost", "passes"), ("time", "seconds")):
+            if result.get(counted) and paired.get(counted):
+                figures[name].append(result[counted] / paired[counted])
+        if row not in table.noise_floor:
+            figures["gap"] += _gaps([measured, paired["metrics"]], table)
+    if table.noise_floor and table.noise_floor[0] in rows:
+        retrained: dict[Any, list[Mapping[str, float]]] = {}
+        for (row, run), result in results.items():
+            if row in (table.reference, *table.noise_floor):
+                retrained.setdefault(run, []).append(result["metrics"])
+        rows[table.noise_floor[0]]["gap"] = [gap for models in retrained.values() for gap in _gaps(models, table)]
     return {
         row: {
             name: {"mean": fmean(values), "std": stdev(values) if len(values) > 1 else 0.0, "runs": len(values)}
@@ -64,16 +79,33 @@ def summarise(results: Results, table: Table) -> dict[str, dict[str, dict[str, f
     }
 
 
-def average_gap(metrics: Mapping[str, float], reference: Mapping[str, float], names: list[str]) -> float | None:
+def _gaps(models: list[Mapping[str, float]], table: Table) -> list[float]:
+    """The average gap of each pair that has one."""
+    gaps = [average_gap(one, other, table.metrics) for one, other in combinations(models, 2)] if table.gap else []
+    return [gap for gap in gaps if gap is not None]
+
+
+def finite(metrics: Mapping[str, float | None]) -> dict[str, float]:
+    """The figures that are numbers; a model that diverged has others, which JSON writes as null.
+
+    Example:
+        >>> finite({"UA": 1.0, "FID": None, "KID": float("nan")})
+        {'UA': 1.0}
+    """
+    return {name: value for name, value in metrics.items() if value is not None and math.isfinite(value)}
+
+
+def average_gap(metrics: Mapping[str, float | None], reference: Mapping[str, float | None], names: list[str]) -> float | None:
     """Mean absolute difference, for UA, RA, TA and MIA in percentage points (Fan et al., ICLR 2024); None if one is missing.
 
     Example:
         >>> average_gap({"UA": 1, "RA": 100}, {"UA": 3, "RA": 100}, ["UA", "RA"])
         1.0
     """
-    if not all(name in metrics and name in reference for name in names):
+    measured, wanted = finite(metrics), finite(reference)
+    if not all(name in measured and name in wanted for name in names):
         return None
-    return fmean(abs(metrics[name] - reference[name]) for name in names)
+    return fmean(abs(measured[name] - wanted[name]) for name in names)
 
 
 def markdown(summary: Mapping[str, Any], results: Results, table: Table, first: Mapping[str, Any] | None = None) -> str:
@@ -85,14 +117,14 @@ def markdown(summary: Mapping[str, Any], results: Results, table: Table, first: 
         table: What the table is made of.
         first: What was measured of the models that were trained first, by name.
     """
-    columns = [*table.metrics, *(["avg. gap"] if table.gap else []), "run time"]
+    columns = [*table.metrics, *(["avg. gap"] if table.gap else []), "cost", "run time"]
     lines = ["| | " + " | ".join(columns) + " |", "| --- " * (len(columns) + 1) + "|"]
     for row, figures in summary.items():
-        name = f"{row} (noise floor)" if row == table.noise_floor else row
         cells = [_cell(figures, metric, 2) for metric in table.metrics]
         if table.gap:
             cells.append("0" if row == table.reference else _cell(figures, "gap", 2))
-        lines.append(f"| {name} | {' | '.join([*cells, _cell(figures, 'cost', 3)])} |")
+        cells += [_cell(figures, "cost", 3), _cell(figures, "time", 3)]
+        lines.append(f"| {_marked(row, results, table)} | {' | '.join(cells)} |")
     lines += ["", *_caption(summary, results, table, first or {})]
     one = next(iter(results), ("", None))[1]
     lines += ["", f"One row again by itself ({_run_name(results, one)}):", ""]
@@ -100,30 +132,45 @@ def markdown(summary: Mapping[str, Any], results: Results, table: Table, first: 
     return "\n".join(lines) + "\n"
 
 
+def _marked(row: str, results: Results, table: Table) -> str:
+    """The name of a row, with what went wrong in it."""
+    merged = table.noise_floor if row in table.noise_floor else [row]
+    states = Counter(result.get("state", "finished") for (name, _), result in results.items() if name in merged)
+    marks = ["noise floor"] if row in table.noise_floor else []
+    marks += [f"{states[state]} of {states.total()} {state}" for state in ("diverged", "failed") if states[state]]
+    return f"{row} ({'; '.join(marks)})" if marks else row
+
+
 def _caption(summary: Mapping[str, Any], results: Results, table: Table, first: Mapping[str, Any]) -> list[str]:
     seeds = sorted({result["seed"] for result in results.values()})
     cases = list(dict.fromkeys(result["case"] for result in results.values() if result.get("case")))
     over = f"{_counted('seed', seeds)}" + (f" and {_counted('case', cases)}" if cases else "")
     lines = [f"Mean ± standard deviation over {over}" + (", in percent (avg. gap: percentage points)." if table.gap else ".")]
-    unknown = [name for name in table.metrics if not any(name in figures for figures in summary.values())]
-    lines += [f"No row measured {_listed(unknown)}."] if unknown and summary else []
+    lines += [f"Failed: {_place(row, result)}: {result['error']}." for (row, _), result in results.items() if "error" in result]
     lines += [_MEANING[name] for name in table.metrics if name in _MEANING and not table.gap]
     if table.gap:
         lines.append(
             f"The closer to {table.reference}, the better. avg. gap: mean absolute difference of"
-            f" {_listed(table.metrics)} to the {table.reference} model of the same split and seed."
+            f" {_listed(table.metrics)} to the {table.reference} model of the same split."
         )
     lines += _compared_images(results)
     lines += [
         f"The model called {name}: TA {result['metrics']['TA']:.2f} (accuracy on the test set, in percent)."
         for name, result in first.items()
-        if "TA" in result["metrics"]
+        if result["metrics"].get("TA") is not None
     ]
-    lines.append(f"Run time: as a fraction of {table.reference}'s, the saliency pass included.")
-    if table.noise_floor in summary:
+    lines.append(
+        f"cost: passes of samples through networks while training, the saliency pass included, as a fraction of"
+        f" {table.reference}'s: a forward pass counts 1, a backward pass 2."
+    )
+    threads = sorted({result["threads"] for result in results.values() if "threads" in result})
+    with_threads = f", with {_listed([str(number) for number in threads])} thread{'s' * (threads != [1])}" if threads else ""
+    lines.append(f"Run time: as a fraction of {table.reference}'s, the saliency pass included{with_threads}.")
+    floor = summary.get(table.noise_floor[0], {}).get("gap") if table.noise_floor else None
+    if floor:
         lines.append(
-            f"The noise floor is how far a second {table.reference} model, which differs in its seed only, is from the first: a"
-            " gap below it says nothing."
+            f"The noise floor is how far models that are retrained for the same run, with seeds of their own, are from each"
+            f" other: {floor['mean']:.2f} ± {floor['std']:.2f} over {floor['runs']} pairs. A gap below it says nothing."
         )
     return lines
 
@@ -133,7 +180,7 @@ def _compared_images(results: Results) -> list[str]:
     lines = []
     by_run: dict[Any, set[tuple[float, float, str]]] = {}
     for (_, run), result in results.items():
-        if "num_generated" in result["metrics"]:
+        if result["metrics"].get("num_generated") is not None:
             counts = result["metrics"]["num_generated"], result["metrics"]["num_real"]
             by_run.setdefault(run, set()).add((*counts, result["features"]))
     if any(len(entries) > 1 for entries in by_run.values()):
@@ -156,6 +203,10 @@ def _run_name(results: Results, run: Any) -> str:
         if other == run:
             return f"seed {result['seed']}" + (f", {result['case']}" if result.get("case") else "")
     return "none was run"
+
+
+def _place(row: str, result: Mapping[str, Any]) -> str:
+    return f"{row}, seed {result['seed']}" + (f", {result['case']}" if result.get("case") else "")
 
 
 def _cell(figures: Mapping[str, Any], name: str, digits: int) -> str:

@@ -9,7 +9,7 @@ import pytest
 from salun_lightning.comparison.plots import plot
 from salun_lightning.comparison.report import Table, average_gap, markdown, summarise
 
-TABLE = Table("Retrain", "Retrain again")
+TABLE = Table("Retrain", ["Retrain again"])
 FOUR = ["UA", "RA", "TA", "MIA"]
 
 
@@ -20,6 +20,9 @@ def cell(row: str, seed: int, figures: tuple[float, float, float, float], second
         "case": case,
         "metrics": dict(zip(("UA", "RA", "TA", "MIA"), figures, strict=True)),
         "seconds": seconds,
+        "passes": 1000 * seconds,
+        "threads": 1,
+        "state": "finished",
         "command": f"python train.py fit {row} {seed}" + (f" {case}" if case else ""),
         "forget_confidence": [0.2, 1.0, 0.9],
     }
@@ -47,7 +50,7 @@ def test_gaps_are_paired_by_seed(results: Any) -> None:
     summary = summarise(results, TABLE)
     # seed 1: (2 + 1 + 1 + 2) / 4 = 1.5; seed 2: (4 + 2 + 1 + 1) / 4 = 2; their sample deviation is 0.5 / sqrt(2)
     assert summary["SalUn"]["gap"] == {"mean": 1.75, "std": pytest.approx(0.5 / 2**0.5), "runs": 2}
-    assert summary["SalUn"]["cost"]["mean"] == pytest.approx((0.2 + 0.1) / 2)
+    assert summary["SalUn"]["time"]["mean"] == pytest.approx((0.2 + 0.1) / 2)
     assert summary["SalUn"]["UA"]["runs"] == 3
     assert summary["Retrain"]["gap"]["mean"] == 0
     assert summary["Retrain again"]["gap"] == {"mean": 0.5, "std": 0.0, "runs": 1}
@@ -69,15 +72,15 @@ def test_gap_of_means_is_not_mean_of_gaps() -> None:
 def test_table(results: Any) -> None:
     table = markdown(summarise(results, TABLE), results, TABLE).splitlines()
     assert table[2].startswith("| Retrain | 6.00 ± 1.41 | 100.00 ± 0.00 |")
-    assert "| 0 | 1.000 ± 0.000 |" in table[2]
+    assert "| 0 | 1.000 ± 0.000 | 1.000 ± 0.000 |" in table[2]
     assert table[3].startswith("| Retrain again (noise floor) | 6.00 ± 0.00 |")
-    assert "| 1.75 ± 0.35 | 0.150 ± 0.071 |" in table[4]
+    assert "| 1.75 ± 0.35 | 0.150 ± 0.071 | 0.150 ± 0.071 |" in table[4]
     assert "- SalUn: `python train.py fit SalUn 1`" in table
 
 
 def test_a_row_without_a_reference_has_no_gap(results: Any) -> None:
     alone = {key: result for key, result in results.items() if key[0] == "SalUn"}
-    assert markdown(summarise(alone, Table("Retrain")), alone, Table("Retrain")).splitlines()[2].endswith("| - | - |")
+    assert markdown(summarise(alone, Table("Retrain")), alone, Table("Retrain")).splitlines()[2].endswith("| - | - | - |")
 
 
 def test_plots_show_every_row(results: Any, tmp_path: Path) -> None:
@@ -120,9 +123,9 @@ def test_gaps_are_paired_by_seed_and_case() -> None:
     summary = summarise(keyed(CASED), TABLE)
     # 4 / 4 = 1, 8 / 4 = 2 and 12 / 4 = 3; with another case's retrained model they would be ten times as large
     assert summary["SalUn"]["gap"] == {"mean": pytest.approx(2), "std": pytest.approx(1), "runs": 3}
-    assert summary["SalUn"]["cost"]["mean"] == pytest.approx((1 / 10 + 1 / 20 + 1 / 40) / 3)
+    assert summary["SalUn"]["time"]["mean"] == pytest.approx((1 / 10 + 1 / 20 + 1 / 40) / 3)
     assert summary["SalUn"]["UA"]["runs"] == 4
-    assert summary["original"]["cost"]["mean"] == pytest.approx((8 / 10 + 8 / 20) / 2)
+    assert summary["original"]["time"]["mean"] == pytest.approx((8 / 10 + 8 / 20) / 2)
 
 
 def test_the_caption_names_seeds_and_cases() -> None:
@@ -147,10 +150,10 @@ def test_other_columns_without_a_gap() -> None:
     for result, fid in zip(results.values(), (3.0, 4.5), strict=True):
         result["metrics"] = {"entropy": 0.25, "FID": fid, "acc/cat": 1.0}
     summary = summarise(results, table)
-    assert summary["ESD"].keys() == {"entropy", "FID", "cost"}
+    assert summary["ESD"].keys() == {"entropy", "FID", "cost", "time"}
     lines = markdown(summary, results, table).splitlines()
-    assert lines[0] == "| | entropy | FID | run time |"
-    assert lines[3] == "| ESD | 0.25 ± 0.00 | 4.50 ± 0.00 | 0.500 ± 0.000 |"
+    assert lines[0] == "| | entropy | FID | cost | run time |"
+    assert lines[3] == "| ESD | 0.25 ± 0.00 | 4.50 ± 0.00 | 0.500 ± 0.000 | 0.500 ± 0.000 |"
     text = "\n".join(lines)
     assert "gap" not in text
     assert "percentage points" not in text
@@ -284,4 +287,49 @@ def test_a_single_column_is_plotted(tmp_path: Path, gap: bool) -> None:
 def test_part_of_the_rows_is_plotted(tmp_path: Path, rows: list[str]) -> None:
     results = {key: result for key, result in keyed(CASED).items() if key[0] in rows}
     paths = plot(summarise(results, TABLE), results, TABLE, tmp_path)
+    assert [path.name for path in paths] == ["comparison.png", "confidence.png"]
+
+
+def test_three_retrained_models_make_the_noise_floor() -> None:
+    table = Table("Retrain", ["Retrain again", "Retrain a third time"], metrics=["UA", "TA"])
+    cells = [
+        cell(row, seed, (float(ua), 100, 90, 10), 1)
+        for seed, figures in {1: (0, 2, 6), 2: (0, 0, 12)}.items()
+        for row, ua in zip(("Retrain", *table.noise_floor), figures, strict=True)
+    ]
+    results = keyed(cells)
+    summary = summarise(results, table)
+    assert list(summary) == ["Retrain", "Retrain again"]
+    # half the differences in UA: seed 1: 2, 6, 4; seed 2: 0, 12, 12
+    assert summary["Retrain again"]["gap"] == {"mean": 3.0, "std": pytest.approx(2.5298, abs=1e-4), "runs": 6}
+    assert summary["Retrain again"]["UA"] == {"mean": 5.0, "std": pytest.approx(5.2915, abs=1e-4), "runs": 4}
+    text = markdown(summary, results, table)
+    assert "| Retrain again (noise floor) | 5.00 ± 5.29 | 90.00 ± 0.00 | 3.00 ± 2.53 |" in text
+    assert "from each other: 3.00 ± 2.53 over 6 pairs." in text
+    assert "| Retrain a third time" not in text
+    assert "- Retrain a third time: `" in text
+
+
+def test_the_cost_is_paired() -> None:
+    results = keyed(CASED)
+    for result in results.values():
+        result["passes"] = {"original": 50, "Retrain": 40, "SalUn": 8}[result["row"]]
+    assert summarise(results, TABLE)["SalUn"]["cost"] == {"mean": pytest.approx(0.2), "std": pytest.approx(0), "runs": 3}
+
+
+def test_rows_that_failed_or_diverged_are_marked_and_plotted(results: Any, tmp_path: Path) -> None:
+    results["SalUn", (1, "")] |= {"state": "diverged", "metrics": {"UA": 90.0, "RA": float("nan"), "TA": 1.0, "MIA": None}}
+    results["SalUn", (1, "")]["forget_confidence"] = [None, 0.5]
+    failed = {"state": "failed", "error": "No memory", "metrics": {}, "command": "", "case": ""}
+    results["SalUn", (2, "")] = {"row": "SalUn", "seed": 2, **failed}
+    results["GA", (1, "")] = {"row": "GA", "seed": 1, **failed}
+    summary = summarise(results, TABLE)
+    assert summary["GA"] == {}
+    assert summary["SalUn"]["UA"]["runs"] == 2
+    assert "gap" not in summary["SalUn"]
+    text = markdown(summary, results, TABLE)
+    assert "| SalUn (1 of 3 diverged; 1 of 3 failed) | 70.00 ± 28.28 | 50.00 ± 0.00 |" in text
+    assert "| GA (1 of 1 failed) | - | - | - | - | - | - | - |" in text
+    assert "Failed: SalUn, seed 2: No memory." in text
+    paths = plot(summary, results, TABLE, tmp_path)
     assert [path.name for path in paths] == ["comparison.png", "confidence.png"]

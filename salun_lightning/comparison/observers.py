@@ -1,0 +1,89 @@
+"""What a comparison observes of each run: what it costs, and what the report shows of its model."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import make_grid
+from typing_extensions import override
+
+_SHOWN = 8  # generated images of each class in the report
+
+
+class Passes(Callback):
+    """Counts what a training costs in passes of one sample through a network, whatever else the machine does.
+
+    A forward pass counts 1, and a backward pass as twice that, because it computes the gradients of what goes in and of the
+    weights. Counted are the trained network and the original model beside it, in training steps and in the saliency pass; not
+    validation. The count goes on when a run is resumed.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._hooks: list[Any] = []
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        networks = [getattr(pl_module, "network", pl_module)]
+        if getattr(getattr(pl_module, "method", None), "needs_original", False):
+            networks.append(pl_module.reference)
+        self._hooks = [network.register_forward_hook(self._count, with_kwargs=True) for network in networks]
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._remove()
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._remove()
+
+    def _remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def _count(self, network: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        samples = next((len(value) for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim), 0)
+        backward = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in network.parameters())
+        self.number += samples * (3 if backward else 1)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"number": self.number}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.number = state_dict["number"]
+
+
+class Evidence(Callback):
+    """Collects, while testing, what the report shows of each model."""
+
+    def __init__(self) -> None:
+        self.confidence: list[float] = []
+        """The probability of the true class of each image of the forget set."""
+        self.samples: dict[int, dict[int, Tensor]] = {}
+        """The first generated images of each class, by class and number."""
+
+    @override
+    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any, **__: Any) -> None:
+        if outputs["set"] == "forget" and "probabilities" in outputs:
+            true = outputs["probabilities"].gather(1, outputs["target"].unsqueeze(1))
+            self.confidence += true.flatten().tolist()
+        if outputs["set"] == "generated":
+            for image, target, index in zip(
+                outputs["image"], outputs["target"].tolist(), outputs["index"].tolist(), strict=True
+            ):
+                if index < _SHOWN:
+                    self.samples.setdefault(target, {})[index] = image.cpu()
+
+    def save_samples(self, path: Path) -> None:
+        """Save a picture with a row of images for each class, a pixel apart."""
+        if self.samples:
+            images = [numbered[index] for _, numbered in sorted(self.samples.items()) for index in sorted(numbered)]
+            grid = make_grid(torch.stack(images), nrow=len(images) // len(self.samples), padding=1, pad_value=127)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            to_pil_image(grid[:1] if len(images[0]) == 1 else grid).save(path)  # it makes grey images coloured
