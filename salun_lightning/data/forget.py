@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -76,7 +76,8 @@ class ForgetRandom(ForgetRequest):
     Args:
         fraction: How much of the training set (or of the class) is forgotten, between 0 and 1.
         count: In place of ``fraction``, how many images are forgotten.
-        seed: The same seed, from 0 to 2^32 - 1, draws the same images. NumPy's legacy generator, whose stream is frozen for good, draws them.
+        seed: The same seed, from 0 to 2^32 - 1, draws the same images. NumPy's legacy generator, whose stream is frozen for
+            good, draws them.
         within_class: Draw from this class only, by name or by number.
 
     Example:
@@ -160,7 +161,7 @@ class ForgetIndices(ForgetRequest):
         return forget
 
 
-def _is_whole(value: Any) -> bool:
+def _is_whole(value: Any) -> TypeGuard[int]:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 

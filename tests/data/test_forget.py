@@ -226,7 +226,7 @@ def test_index_in_the_validation_set() -> None:
         (b"1_0\n", "Line 1 of '.*forget.txt' is not a position: '1_0'"),
         (b"+1\n", r"Line 1 of '.*forget.txt' is not a position: '\+1'"),
         (b"-1\n", "Line 1 of '.*forget.txt' is not a position: '-1'"),
-        ("١\n".encode(), "Line 1 of '.*forget.txt' is not a position: '١'"),
+        (b"\xd9\xa1\n", "Line 1 of '.*forget.txt' is not a position: '\u0661'"),  # the Arabic one, which int() reads
         (b"1\n" + b"9" * 5000, "Line 2 of '.*forget.txt' is not a position: '99"),
         (b"1\n" + b"9" * 30, f"Index {'9' * 30} is out of range"),
         (b"1 2\n", "Line 1 of '.*forget.txt' is not a position: '1 2'"),
