@@ -1,4 +1,7 @@
-"""Image files, decoded to 8 bits a channel."""
+"""Image files: whether they can be read, and decoded to 8 bits a channel."""
+
+import warnings
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
@@ -29,3 +32,47 @@ def eight_bits(image: Image.Image) -> Image.Image:
     if image.mode == "1":
         return image.convert("L")
     return (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
+
+
+def read_image(path: str) -> Image.Image:
+    """Decode a file to 8-bit RGB.
+
+    Raises:
+        ValueError: It cannot be read.
+    """
+    try:
+        with Image.open(path) as image:
+            return eight_bits(image).convert("RGB")
+    except Exception as error:  # PIL has many kinds
+        raise ValueError(f"'{path}' cannot be read: {error}. Repair it, or take it out of the folder.") from error
+
+
+def check_images(paths: Sequence[str]) -> None:
+    """Refuse image files that cannot be read, without decoding those whose end can be told otherwise.
+
+    Raises:
+        ValueError: Some cannot be read.
+    """
+    faults = [(path, fault) for path in paths if (fault := _fault(path))]
+    if faults:
+        path, fault = faults[0]
+        more = f" ({len(faults) - 1} more are like that.)" if len(faults) > 1 else ""
+        raise ValueError(f"'{path}' cannot be read: {fault}. Repair it, or take it out of the folder.{more}")
+
+
+def _fault(path: str) -> str:
+    try:
+        with warnings.catch_warnings(), open(path, "rb") as file:
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(file) as image:
+                kind = image.format
+                if kind == "PNG":
+                    image.verify()  # its checksums
+                    return ""
+            file.seek(-2, 2)
+            if kind != "JPEG" or file.read() != b"\xff\xd9":
+                with Image.open(path) as image:
+                    eight_bits(image).load()
+    except Exception as error:  # PIL has many kinds
+        return str(error)
+    return ""
