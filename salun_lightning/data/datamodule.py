@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, get_args
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
@@ -182,9 +183,15 @@ class ForgetRetainDataModule(LightningDataModule):
 
         Raises:
             MisconfigurationException: The training set differs or, unless the checkpoint was trained on all of it, the forget
-                set.
+                set; or a run is to go on in another order.
         """
         self.check_training_set(state_dict)
+        resumed = self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+        if resumed and state_dict["order"] != self._training_order():
+            raise MisconfigurationException(
+                f"The checkpoint is of a run with the order '{state_dict['order']}', but this one has"
+                f" '{self._training_order()}': they cannot be one run. Give the same order, or start a new run."
+            )
         if state_dict["order"] != "all" and state_dict["forget_set"] != self.split["forget_set"]:
             raise MisconfigurationException(
                 "The checkpoint was made with another forget set than this datamodule's. Give the forget request and seed that"

@@ -26,6 +26,8 @@ from tests.modules.small_runs import classifier, digits, same, train_original, t
 
 State = dict[str, Tensor]
 
+pytestmark = pytest.mark.filterwarnings("ignore:Nothing was trained or loaded, so the original model")
+
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -72,6 +74,18 @@ def test_without_training_the_original_is_evaluated(tmp_path: Path, original: Pa
     module = classifier(original=original)
     getattr(trainer(tmp_path, limit_val_batches=1.0), stage)(module, datamodule=digits())
     assert same(weights(module.network), plain(original))
+
+
+@pytest.mark.filterwarnings("default:Nothing was trained")
+@pytest.mark.parametrize("stage", ["test", "validate", "predict"])
+def test_evaluating_the_original_is_said(tmp_path: Path, original: Path, stage: str) -> None:
+    module = classifier(original=original)
+    runner = trainer(tmp_path, limit_val_batches=1.0)
+    with pytest.warns(UserWarning, match=rf"the original model '{original}' is evaluated\. For another, give .* ckpt_path"):
+        getattr(runner, stage)(module, datamodule=digits())
+    with warnings.catch_warnings(record=True) as said:
+        getattr(runner, stage)(classifier(original=original), datamodule=digits(), ckpt_path=original)
+    assert not [warning for warning in said if "original model" in str(warning.message)]
 
 
 def test_after_training_the_trained_model_is_tested(tmp_path: Path, original: Path) -> None:
