@@ -22,8 +22,6 @@ from salun_lightning.networks import SmallResNet
 from tests.modules.small_runs import classifier, digits, same, train_original, trainer, weights
 from tests.small import Pairs
 
-pytestmark = pytest.mark.filterwarnings("ignore:Nothing was trained or loaded, so the original model")
-
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:

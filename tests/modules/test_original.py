@@ -26,8 +26,6 @@ from tests.modules.small_runs import classifier, digits, same, train_original, t
 
 State = dict[str, Tensor]
 
-pytestmark = pytest.mark.filterwarnings("ignore:Nothing was trained or loaded, so the original model")
-
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -76,7 +74,6 @@ def test_without_training_the_original_is_evaluated(tmp_path: Path, original: Pa
     assert same(weights(module.network), plain(original))
 
 
-@pytest.mark.filterwarnings("default:Nothing was trained")
 @pytest.mark.parametrize("stage", ["test", "validate", "predict"])
 def test_evaluating_the_original_is_said(tmp_path: Path, original: Path, stage: str) -> None:
     module = classifier(original=original)
