@@ -20,6 +20,7 @@ from typing_extensions import override
 from salun_lightning.data import ForgetRetainDataModule, Order, Samples, epoch_seed, run_seed
 from salun_lightning.methods import FineTune, Method
 from salun_lightning.modules.record import KEY, arguments_from, check_resumed, record_of
+from salun_lightning.modules.trouble import Divergence, batch_norm_explained
 from salun_lightning.networks.loading import load_weights, read_checkpoint
 
 SETS = ("forget", "retain", "val", "test", "test_forget")
@@ -59,8 +60,7 @@ class UnlearningModule(LightningModule, ABC):
         self.make_lr_scheduler = lr_scheduler
         self.lr_interval = lr_interval
         self._started = False
-        self._finite: Tensor | None = None
-        self._diverged = False
+        self._divergence = Divergence()
         self._reference: list[nn.Module] = []  # in a list, so that it is neither a part of this module nor saved with it
 
     @abstractmethod
@@ -129,13 +129,9 @@ class UnlearningModule(LightningModule, ABC):
         """Make the module that a checkpoint is of, with its weights. No pickle is executed.
 
         Args:
-            checkpoint_path: A checkpoint of a run from a configuration needs no more than its path.
+            checkpoint_path: The file. That of a run from a configuration needs nothing else.
             *args: See ``LightningModule.load_from_checkpoint``.
-            **kwargs: Likewise, and arguments of the module in the place of those it was made with; a checkpoint that was not
-                made from a configuration needs ``network``.
-
-        Raises:
-            ValueError: The checkpoint does not say how its network was made, or says what would have to be executed.
+            **kwargs: Likewise, and arguments of the module; ``network``, where the checkpoint does not say how it was made.
         """
         checkpoint = read_checkpoint(checkpoint_path)  # always: it refuses a pickle in a sentence
         if "network" not in kwargs:
@@ -193,7 +189,7 @@ class UnlearningModule(LightningModule, ABC):
 
     @override
     def on_train_start(self) -> None:
-        self._diverged = False
+        self._divergence = Divergence()
         for reference in self._reference:  # to the device and precision of training
             reference.to(next(self.network.parameters()))
         self.method.start(self)
@@ -212,34 +208,16 @@ class UnlearningModule(LightningModule, ABC):
     @override
     def training_step(self, batch: Mapping[str, Samples]) -> Tensor:
         sizes = {name: len(part.targets) for name, part in batch.items()}
-        try:
+        with batch_norm_explained(sizes):
             loss = self.method.loss(self, batch)
-        except ValueError as error:
-            if "more than 1 value per channel" not in str(error):
-                raise
-            raise MisconfigurationException(
-                f"BatchNorm cannot be trained on a single sample, and a batch has {sizes}. Choose a batch_size that leaves no"
-                " single sample over; to forget a single image, choose a method and order that put both sets into one batch"
-                " (RandomLabel, mixed)."
-            ) from error
-        finite = loss.detach().isfinite()
-        self._finite = finite if self._finite is None else self._finite & finite
+        self._divergence.note(loss)
         size = sum(sizes.values())
         self.log("train/loss", loss, prog_bar=True, on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
         return loss
 
     @override
     def on_train_epoch_end(self) -> None:
-        finite, self._finite = self._finite, None
-        if finite is None or self._diverged:
-            return
-        lost: Tensor = self.trainer.strategy.reduce((~finite).float(), reduce_op="sum")  # waits for the device once an epoch
-        if lost > 0:
-            self._diverged = True
-            rank_zero_warn(
-                f"The loss was NaN or infinite in epoch {self.current_epoch}: the training has diverged. Lower the optimizer's"
-                " learning rate, or set the trainer's gradient_clip_val."
-            )
+        self._divergence.report(self)
 
     @override
     def configure_optimizers(self) -> Any:

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
@@ -99,7 +99,10 @@ def arguments_from(kind: type[LightningModule], checkpoint: Mapping[str, Any]) -
         raise ValueError(f"The checkpoint is of a {made.__name__}: call {made.__name__}.load_from_checkpoint.")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(kind, instantiate=False)
-    return dict(vars(parser.instantiate(parser.parse_object(model["init_args"]))))
+    try:
+        return dict(vars(parser.instantiate(parser.parse_object(model["init_args"]))))
+    except ArgumentError as error:  # of another version
+        raise ValueError(f"What the checkpoint's model was made from does not fit its class; give network. {error}") from error
 
 
 def _names(content: Any) -> Iterator[str]:
@@ -140,5 +143,5 @@ def _resolved(name: str) -> Any:
     module, _, attribute = name.rpartition(".")
     try:
         return getattr(sys.modules.get(module) or import_module(module), attribute)
-    except (ImportError, AttributeError):
+    except (ImportError, AttributeError, ValueError):
         raise ValueError(f"The checkpoint names '{name}', which is not there. Install it, or give network.") from None

@@ -125,6 +125,16 @@ def test_a_checkpoint_of_another_class(configured: Path) -> None:
         Renamed.load_from_checkpoint(configured)
 
 
+def test_a_checkpoint_of_a_diffusion_model(tmp_path: Path) -> None:
+    short = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=1", "--trainer.limit_val_batches=0"]
+    quiet = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.accelerator=cpu"]
+    configuration = Path(__file__).parents[2] / "configs/digits/diffusion/retrain.yaml"
+    cli = main(["fit", f"--config={configuration}", *short, *quiet, f"--trainer.default_root_dir={tmp_path}"])
+    module = type(cli.model).load_from_checkpoint(tmp_path / "checkpoints" / "last.ckpt")
+    assert module.sampling == cli.model.sampling
+    assert same(weights(module.network), weights(cli.model.network))
+
+
 SPY = "spy_module.Network"
 
 
@@ -137,6 +147,8 @@ SPY = "spy_module.Network"
         ({"optimizer": {"class_path": "os.system", "init_args": {"command": "true"}}}, "'os.system', which is no network"),
         ({"optimizer": "torch.hub.load"}, "'torch.hub.load', which is no network, method, optimizer or scheduler"),
         ({"method": {"class_path": "torch.nn.Nothing"}}, "'torch.nn.Nothing', which is not there"),
+        ({"method": {"class_path": "torch.nothing.Nothing"}}, "'torch.nothing.Nothing', which is not there"),
+        ({"speed": 3}, "does not fit its class; give network.*speed"),
     ],
 )
 def test_nothing_is_executed_for_a_checkpoint(
