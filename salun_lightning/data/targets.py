@@ -54,7 +54,7 @@ def _own_targets(dataset: Any, key: int | str) -> Any:
         parts = [_own_targets(part, key) for part in dataset.datasets]
         if all(part is not None for part in parts):
             return torch.cat([class_numbers(part) for part in parts])
-    if isinstance(dataset, TensorDataset) and isinstance(key, int):
+    if isinstance(dataset, TensorDataset) and isinstance(key, int) and key < len(dataset.tensors):
         return dataset.tensors[key]
     columns = getattr(dataset, "column_names", None)
     if columns is not None:

@@ -113,6 +113,10 @@ def test_what_is_no_class(values: Any, message: str) -> None:
             {"train": [(image, 0) for image in IMAGES.images], "targets": ([0] * 8 + [1], None)},
             "Sample 8 of the data is of class 0, but its target says class 1",
         ),
+        (
+            {"train": TensorDataset(IMAGES.images)},
+            "TensorDataset has neither targets nor labels; give the datamodule its targets",
+        ),
         ({"train": Table()}, "Table has the columns picture, kind: set input_key and target_key"),
         ({"train": Table(), "target_key": "label"}, "There is no column 'label'"),
         ({"train": Table(), "target_key": "kind"}, "has the keys picture, kind, and nothing under 0. Set input_key"),
