@@ -72,10 +72,10 @@ class ImageClassifier(UnlearningModule):
             except torch.OutOfMemoryError:
                 raise
             except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
-                reason = str(error).partition("\n")[0]
+                reason = str(error).partition("\n")[0].rstrip(".")
                 raise ValueError(
                     f"The network cannot take the images of the data, which have shape {tuple(samples.inputs.shape[1:])}:"
-                    f" {reason} Make the network for these channels and this size, or the images for the network."
+                    f" {reason}. Make the network for these channels and this size, or the images for the network."
                 ) from error
             finally:
                 for module, training in modes.items():

@@ -243,7 +243,10 @@ class Noisy(nn.Module):
     ("network", "message"),
     [
         (SmallResNet(1, width=4, stages=1), "The network has 1 outputs, but the data has 2 classes"),
-        (SmallResNet(2, in_channels=3, width=4, stages=1), r"cannot take the images .* shape \(1, 8, 8\): .*3 channels"),
+        (
+            SmallResNet(2, in_channels=3, width=4, stages=1),
+            r"cannot take the images .* shape \(1, 8, 8\): .*3 channels.*\. Make the network for",
+        ),
         (nn.Sequential(nn.Flatten(), nn.Linear(49, 2)), r"cannot take the images .* shape \(1, 8, 8\): mat1 and mat2"),
         (nn.Conv2d(1, 2, 1), r"must give a row of logits for each image; for 2 images it gave \(2, 2, 8, 8\)"),
         (nn.Sequential(nn.Flatten(0), nn.Linear(128, 2)), r"must give a row of logits for each image; .* it gave \(2,\)"),
