@@ -7,6 +7,11 @@ import pytest
 import torch
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests often measure the original model on purpose, which is said in a warning (and one test asserts that)."""
+    config.addinivalue_line("filterwarnings", "ignore:Nothing was trained or loaded, so the original model:UserWarning")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     """Also for what several tests share: sums depend on the number of threads."""

@@ -5,17 +5,19 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, get_args
 
-import numpy as np
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
 from salun_lightning.data.forget import ForgetClasses, ForgetRequest
 from salun_lightning.data.order import FixedOrder, Order, TrainingOrder, run_seed
-from salun_lightning.data.samples import ImageRequests, ImageTensors, SampleBatches, Transform
+from salun_lightning.data.samples import ImageRequests, ImageTensors, SampleBatches, Samples, Transform
+from salun_lightning.data.split import digest, validation_split
+from salun_lightning.data.targets import check_classes, targets_of
 
 
 class Sources(NamedTuple):
@@ -39,9 +41,10 @@ class ForgetRetainDataModule(LightningDataModule):
 
     Args:
         forget: What is to be forgotten.
-        train: Map-style dataset of (image, class) pairs, or :class:`ImageTensors`.
-        test: Likewise, for testing.
-        targets: The classes of ``train`` and ``test``, where these have no ``targets`` or ``labels``.
+        train: Map-style dataset of (image, class) pairs, longer tuples or dictionaries, or :class:`ImageTensors`.
+        test: Likewise, for testing. Without it, ``test`` leaves out what needs a test set.
+        targets: The classes of ``train`` and ``test``, where these hold none that can be read without their images: in
+            ``targets`` or ``labels``, in a column, or in what ``Subset``, ``ConcatDataset`` and ``TensorDataset`` are made of.
         class_names: Names of the classes; their numbers by default.
         train_transform: Augments training images: whole uint8 batches of :class:`ImageTensors`, else one image at a time.
         eval_transform: Prepares images for evaluation and for the saliency pass, likewise.
@@ -53,6 +56,8 @@ class ForgetRetainDataModule(LightningDataModule):
         generated_per_class: For generative models: how many images of each class ``test`` and ``predict`` ask for. A loader
             ``generated`` then brings the requests (batches of ``Requested``).
         generated_classes: Of which classes, by name or number; by default of all.
+        input_key: Where a sample holds its image: a position in a tuple, or a key of a dictionary.
+        target_key: Likewise, its class.
 
     Raises:
         ValueError: The request cannot be met, or leaves nothing to forget or nothing to retain.
@@ -72,7 +77,7 @@ class ForgetRetainDataModule(LightningDataModule):
         forget: ForgetRequest,
         train: Dataset | None = None,  # type: ignore[type-arg]  # jsonargparse makes no objects of Dataset[Any]
         test: Dataset | None = None,  # type: ignore[type-arg]
-        targets: tuple[Sequence[int], Sequence[int]] | None = None,
+        targets: tuple[Sequence[int], Sequence[int] | None] | None = None,
         class_names: list[str] | None = None,
         train_transform: Transform | None = None,
         eval_transform: Transform | None = None,
@@ -83,6 +88,8 @@ class ForgetRetainDataModule(LightningDataModule):
         num_workers: int = 0,
         generated_per_class: int = 0,
         generated_classes: list[int | str] | int | str | None = None,
+        input_key: int | str = 0,
+        target_key: int | str = 1,
     ) -> None:
         super().__init__()
         if not 0 <= val_fraction < 1:
@@ -103,12 +110,13 @@ class ForgetRetainDataModule(LightningDataModule):
         self.num_workers = num_workers
         self.generated_per_class = generated_per_class
         self.generated_classes = generated_classes
+        self.keys = (input_key, target_key)
         self._ready = False
 
     def load(self) -> Sources:
         """The data. A subclass for a data set overrides this."""
-        if self.given.train is None or self.given.test is None:
-            raise ValueError("ForgetRetainDataModule needs a train and a test dataset.")
+        if self.given.train is None:
+            raise ValueError("ForgetRetainDataModule needs a train dataset.")
         return self.given
 
     @override
@@ -116,13 +124,14 @@ class ForgetRetainDataModule(LightningDataModule):
         if self._ready:
             return
         train, test, class_names = self.load()
-        given = self.targets or (None, None)
-        self._train_targets, test_targets = (_targets(d, t) for d, t in zip((train, test), given, strict=True))
+        given, key = self.targets or (None, None), self.keys[1]
+        self._train_targets = targets_of(train, given[0], key)
+        test_targets = torch.empty(0, dtype=torch.int64) if test is None else targets_of(test, given[1], key)
         named = range(int(self._train_targets.max()) + 1) if class_names is None else class_names
         self.class_names = [str(name) for name in named]
-        _check_classes(torch.cat([self._train_targets, test_targets]), len(self.class_names))
-        self._train, self._test = train, test
-        val, trained = self._split_validation()
+        check_classes(torch.cat([self._train_targets, test_targets]), len(self.class_names))
+        self._train = train
+        val, trained = validation_split(self._train_targets, len(self.class_names), self.val_fraction, self.split_seed)
         self.forget_indices = self.forget.indices(self._train_targets, self.class_names, trained)
         self.retain_indices = trained[~torch.isin(trained, self.forget_indices)]
         for name, positions in (("forget", self.forget_indices), ("retain", self.retain_indices)):
@@ -137,23 +146,13 @@ class ForgetRetainDataModule(LightningDataModule):
         wanted = range(self.num_classes) if asked is None else ForgetClasses(asked).classes(self.class_names)
         self._requests = ImageRequests(wanted, self.generated_per_class)
         self._sets = {
-            "forget": (train, self.forget_indices),
-            "retain": (train, self.retain_indices),
-            "val": (train, val),
-            "test": (test, (~gone).nonzero().flatten()),
-            "test_forget": (test, gone.nonzero().flatten()),
+            "forget": (train, self._train_targets, self.forget_indices),
+            "retain": (train, self._train_targets, self.retain_indices),
+            "val": (train, self._train_targets, val),
+            "test": (test, test_targets, (~gone).nonzero().flatten()),
+            "test_forget": (test, test_targets, gone.nonzero().flatten()),
         }
         self._ready = True
-
-    def _split_validation(self) -> tuple[Tensor, Tensor]:
-        draw = np.random.RandomState(self.split_seed)  # its stream is frozen for good
-        chosen = [np.empty(0, np.int64)]
-        for number in range(len(self.class_names)):
-            members = (self._train_targets == number).nonzero().flatten().numpy()
-            chosen.append(draw.permutation(members)[: round(self.val_fraction * len(members))])
-        val = torch.from_numpy(np.sort(np.concatenate(chosen)))
-        everything = torch.arange(len(self._train_targets))
-        return val, everything[~torch.isin(everything, val)]
 
     @property
     def num_classes(self) -> int:
@@ -165,8 +164,8 @@ class ForgetRetainDataModule(LightningDataModule):
         """Digests of the training set and of the forget set; after ``setup``."""
         trained = torch.cat([self.forget_indices, self.retain_indices]).sort().values
         return {
-            "training_set": _digest(self._train_targets, trained),
-            "forget_set": _digest(self._train_targets, self.forget_indices),
+            "training_set": digest(self._train_targets, trained),
+            "forget_set": digest(self._train_targets, self.forget_indices),
         }
 
     @property
@@ -184,9 +183,15 @@ class ForgetRetainDataModule(LightningDataModule):
 
         Raises:
             MisconfigurationException: The training set differs or, unless the checkpoint was trained on all of it, the forget
-                set.
+                set; or a run is to go on in another order.
         """
         self.check_training_set(state_dict)
+        resumed = self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+        if resumed and state_dict["order"] != self._training_order():
+            raise MisconfigurationException(
+                f"The checkpoint is of a run with the order '{state_dict['order']}', but this one has"
+                f" '{self._training_order()}': they cannot be one run. Give the same order, or start a new run."
+            )
         if state_dict["order"] != "all" and state_dict["forget_set"] != self.split["forget_set"]:
             raise MisconfigurationException(
                 "The checkpoint was made with another forget set than this datamodule's. Give the forget request and seed that"
@@ -231,13 +236,20 @@ class ForgetRetainDataModule(LightningDataModule):
         )
         if self.trainer is not None:  # of a resumed run, worker processes fetch batches before Lightning tells the epoch
             sampler.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
-        return self._loader(SampleBatches(self._train, self.train_transform, marked), sampler)
+        return self._loader(self._training_samples(self.train_transform, marked), sampler)
 
     def forget_dataloader(self) -> DataLoader[Any]:
         """The forget set for the saliency pass: all of it on every process, in order, with evaluation transforms."""
         marked = torch.ones(len(self._train_targets), dtype=torch.bool)
         sampler = FixedOrder(self.forget_indices, self.batch_size)
-        return self._loader(SampleBatches(self._train, self.eval_transform, marked), sampler)
+        return self._loader(self._training_samples(self.eval_transform, marked), sampler)
+
+    def probe(self) -> Samples:
+        """Two samples as evaluation prepares them, to try a network on; after ``setup``."""
+        return self._training_samples(self.eval_transform).samples(torch.cat([self.forget_indices, self.retain_indices])[:2])
+
+    def _training_samples(self, transform: Transform | None, marked: Tensor | None = None) -> SampleBatches:
+        return SampleBatches(self._train, transform, marked, self._train_targets, self.keys)
 
     @override
     def val_dataloader(self) -> dict[str, DataLoader[Any]]:
@@ -254,10 +266,11 @@ class ForgetRetainDataModule(LightningDataModule):
     def _evaluation(self, *names: str) -> dict[str, DataLoader[Any]]:
         loaders = {}
         for name in names:
-            source, positions = self._sets[name]
+            source, targets, positions = self._sets[name]
             if len(positions):
                 sampler = FixedOrder(positions, self.batch_size, *self._replicas())
-                loaders[name] = self._loader(SampleBatches(source, self.eval_transform), sampler)
+                batches = SampleBatches(source, self.eval_transform, targets=targets, keys=self.keys)
+                loaders[name] = self._loader(batches, sampler)
         return loaders
 
     def _generated(self) -> dict[str, DataLoader[Any]]:
@@ -284,25 +297,3 @@ class ForgetRetainDataModule(LightningDataModule):
             num_workers=num_workers,
             generator=sampler.generator if isinstance(sampler, TrainingOrder) else None,
         )
-
-
-def _targets(dataset: Any, given: Sequence[int] | None) -> Tensor:
-    for targets in (given, getattr(dataset, "targets", None), getattr(dataset, "labels", None)):
-        if targets is not None:
-            if len(targets) != len(dataset) or not len(dataset):
-                raise ValueError(f"There are {len(targets)} targets for {len(dataset)} samples.")
-            return torch.as_tensor(targets).long().cpu()
-    raise ValueError(f"{type(dataset).__name__} has neither targets nor labels; give the datamodule its targets.")
-
-
-def _check_classes(targets: Tensor, count: int) -> None:
-    for number in (int(targets.min()), int(targets.max())):
-        if not 0 <= number < count:
-            raise ValueError(f"There are samples of class {number}, but there are names for {count} classes, numbered from 0.")
-
-
-def _digest(*arrays: Tensor) -> str:
-    digest = hashlib.sha256()
-    for array in arrays:
-        digest.update(array.to(torch.int64).numpy().astype("<i8").tobytes())
-    return digest.hexdigest()[:16]

@@ -1,8 +1,11 @@
 """Forget requests: which images of the training set are to be forgotten."""
 
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from numbers import Integral, Real
 from pathlib import Path
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -49,16 +52,17 @@ class ForgetClasses(ForgetRequest):
     """
 
     def __init__(self, names: list[int | str] | int | str) -> None:
-        self.names = [names] if isinstance(names, int | str) else list(names)
+        self.names = list(names) if isinstance(names, Iterable) and not isinstance(names, str) else [names]
 
     @override
     def classes(self, class_names: Sequence[str]) -> list[int]:
         numbers = []
         for name in self.names:
-            number = list(class_names).index(str(name)) if str(name) in class_names else name
-            if not isinstance(number, int) or not 0 <= number < len(class_names):
+            known = (isinstance(name, str) or _is_whole(name)) and str(name) in class_names
+            number = list(class_names).index(str(name)) if known else name
+            if not _is_whole(number) or not 0 <= number < len(class_names):
                 raise ValueError(f"There is no class '{name}'. The classes are: {', '.join(class_names)}.")
-            numbers.append(number)
+            numbers.append(int(number))
         return sorted(set(numbers))
 
     @override
@@ -72,7 +76,8 @@ class ForgetRandom(ForgetRequest):
     Args:
         fraction: How much of the training set (or of the class) is forgotten, between 0 and 1.
         count: In place of ``fraction``, how many images are forgotten.
-        seed: The same seed draws the same images. NumPy's legacy generator, whose stream is frozen for good, draws them.
+        seed: The same seed, from 0 to 2^32 - 1, draws the same images. NumPy's legacy generator, whose stream is frozen for
+            good, draws them.
         within_class: Draw from this class only, by name or by number.
 
     Example:
@@ -89,10 +94,14 @@ class ForgetRandom(ForgetRequest):
     ) -> None:
         if (fraction is None) == (count is None):
             raise ValueError("ForgetRandom takes either fraction or count.")
-        if fraction is not None and not 0 < fraction < 1:
-            raise ValueError(f"The fraction to forget must lie between 0 and 1, got {fraction}.")
+        if fraction is not None and not (isinstance(fraction, Real) and 0 < fraction < 1):
+            raise ValueError(f"The fraction to forget must lie between 0 and 1, got {fraction!r}.")
+        if count is not None and not _is_whole(count):
+            raise ValueError(f"The count to forget must be a whole number, got {count!r}.")
         if count is not None and count < 1:
             raise ValueError(f"The count to forget must be positive, got {count}.")
+        if not _is_whole(seed) or not 0 <= seed < 2**32:
+            raise ValueError(f"The seed of a request must be a whole number from 0 to 2^32 - 1, got {seed!r}.")
         self.fraction = fraction
         self.count = count
         self.seed = seed
@@ -114,20 +123,30 @@ class ForgetIndices(ForgetRequest):
     """Forget these training images, as a deletion request names them.
 
     Args:
-        positions: Positions in the training data, counted from 0 and before a validation set is split off, or a text file with
-            one position a line.
+        positions: Positions in the training data, counted from 0 and before a validation set is split off; or a mask, one
+            boolean for each image of the training data; or a text file with one position a line.
+
+    Raises:
+        ValueError: A position is not a whole number, or the file cannot be read.
 
     Example:
         >>> ForgetIndices([5, 2]).indices(torch.zeros(10, dtype=torch.int64), ["cat"], torch.arange(10))
         tensor([2, 5])
     """
 
-    def __init__(self, positions: list[int] | str | Path) -> None:
-        self.positions = positions if isinstance(positions, str | Path) else [int(position) for position in positions]
+    def __init__(self, positions: list[Any] | str | Path) -> None:  # jsonargparse leaves list[Any] as it was written
+        self.positions = positions if isinstance(positions, str | Path) else _whole_or_mask(positions)
 
     @override
     def indices(self, targets: Tensor, class_names: Sequence[str], trained: Tensor) -> Tensor:
         positions = self.positions if isinstance(self.positions, list) else _read_positions(Path(self.positions))
+        if positions and isinstance(positions[0], bool):
+            if len(positions) != len(targets):
+                raise ValueError(
+                    f"The positions to forget are a mask of {len(positions)} images, but the training data has {len(targets)}."
+                    " Give one boolean for each image, or the numbers of the images."
+                )
+            positions = [number for number, forgotten in enumerate(positions) if forgotten]
         for position in positions:
             if not 0 <= position < len(targets):
                 raise ValueError(
@@ -142,18 +161,34 @@ class ForgetIndices(ForgetRequest):
         return forget
 
 
+def _is_whole(value: Any) -> TypeGuard[int]:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _whole_or_mask(given: Any) -> list[Any]:
+    """The positions as whole numbers, or the mask as booleans."""
+    if not isinstance(given, Iterable) or (isinstance(given, Tensor | np.ndarray) and not given.ndim):
+        raise ValueError(f"The positions to forget must be a list of them, a mask or the name of a text file, got {given!r}.")
+    values = [value.tolist() if isinstance(value, Tensor | np.ndarray | np.generic) else value for value in given]
+    if all(isinstance(value, bool) for value in values):
+        return values
+    for value in values:
+        if not _is_whole(value):
+            raise ValueError(f"Positions to forget must be whole numbers, got {value!r}. (A mask has booleans alone.)")
+    return values
+
+
 def _read_positions(path: Path) -> list[int]:
     if not path.is_file():
         raise ValueError(f"There is no file of positions to forget at '{path}'.")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()  # which skips a byte order mark
     except UnicodeDecodeError as error:
-        raise ValueError(f"'{path}' is not a text file with one position a line.") from error
+        raise ValueError(f"'{path}' is not a text file with one position a line in UTF-8. Save it as such.") from error
     positions = []
     for number, line in enumerate(lines, start=1):
         if line.strip():
-            try:
-                positions.append(int(line))
-            except ValueError:
-                raise ValueError(f"Line {number} of '{path}' is not a position: '{line.strip()}'.") from None
+            if not re.fullmatch("[0-9]{1,100}", line.strip()):  # int() also reads signs, underscores and other scripts
+                raise ValueError(f"Line {number} of '{path}' is not a position: '{line.strip()[:100]}'.")
+            positions.append(int(line))
     return positions

@@ -1,22 +1,26 @@
 """A user's own images, one folder a class."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 from typing_extensions import override
 
 from salun_lightning.data.datamodule import ForgetRetainDataModule, Sources
+from salun_lightning.data.images import check_images, read_image
 from salun_lightning.data.samples import ImageTensors
 
 
 class ImageFolderDataModule(ForgetRetainDataModule):
-    """Images in ``root/train/<class>/`` and ``root/test/<class>/``.
+    """Images in ``root/train/<class>/`` and ``root/test/<class>/``; the second folder may be missing.
 
-    Without transforms of your own, training crops, scales and mirrors at random, and evaluation takes the centre.
+    Without transforms of your own, training crops, scales and mirrors at random, and evaluation takes the centre. Every image
+    becomes RGB with 8 bits a channel; hidden files and folders are left out.
 
     Args:
         root: The folder that holds ``train`` and ``test``.
@@ -24,17 +28,23 @@ class ImageFolderDataModule(ForgetRetainDataModule):
         in_memory: Decode the centre of every image once and hold all of them as one uint8 tensor of N x 3 x size x size bytes,
             on the accelerator if there is one. Transforms then take whole uint8 batches, such as ``RandomCropFlip``; by
             default there are none.
+        check_images: Whether files that cannot be read are found before training, at 0.2 s for 1,000 images (a truncated JPEG
+            is known by its end); else when their turn comes.
         **kwargs: See ``ForgetRetainDataModule``.
 
     Raises:
-        ValueError: ``root`` holds no ``train`` or ``test`` folder, or their classes differ.
+        ValueError: ``root`` holds no ``train`` folder, the classes of the two folders differ, one is empty, or an image cannot
+            be read.
     """
 
-    def __init__(self, root: str | Path, image_size: int = 224, in_memory: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self, root: str | Path, image_size: int = 224, in_memory: bool = False, check_images: bool = True, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
         self.root = Path(root)
         self.image_size = image_size
         self.in_memory = in_memory
+        self.check_images = check_images
         if not in_memory:
             to_tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
             crop = [v2.RandomResizedCrop(image_size, antialias=True), v2.RandomHorizontalFlip()]
@@ -46,18 +56,50 @@ class ImageFolderDataModule(ForgetRetainDataModule):
 
     @override
     def load(self) -> Sources:
-        for folder in (self.root / "train", self.root / "test"):
-            if not folder.is_dir():
-                raise ValueError(f"There is no folder '{folder}'. Images are expected in train/<class>/ and test/<class>/.")
-        train, test = ImageFolder(str(self.root / "train")), ImageFolder(str(self.root / "test"))
-        if train.classes != test.classes:
+        train, test = (self._folder(self.root / split) for split in ("train", "test"))
+        if train is None:
+            raise ValueError(
+                f"There is no folder '{self.root / 'train'}'. Images are expected in train/<class>/ and test/<class>/."
+            )
+        if test is not None and train.classes != test.classes:
             different = sorted(set(train.classes) ^ set(test.classes))
             raise ValueError(f"Training and test images have different classes: {', '.join(different)}.")
         if self.in_memory:
-            return Sources(self._decoded(train), self._decoded(test), train.classes)
+            return Sources(self._decoded(train), None if test is None else self._decoded(test), train.classes)
         return Sources(train, test, train.classes)
+
+    def _folder(self, folder: Path) -> "_Images | None":
+        if not folder.is_dir():
+            return None
+        images = _Images(folder)
+        if self.check_images:
+            check_images([path for path, _ in images.samples])
+        return images
 
     def _decoded(self, dataset: ImageFolder) -> ImageTensors:
         prepare = v2.Compose([v2.ToImage(), v2.Resize(self.image_size, antialias=True), v2.CenterCrop(self.image_size)])
         images: list[Tensor] = [prepare(image).as_subclass(Tensor) for image, _ in dataset]
         return ImageTensors(torch.stack(images), torch.tensor(dataset.targets))
+
+
+class _Images(ImageFolder):  # type: ignore[misc]  # torchvision has no types
+    """The folder as torchvision reads it, without what is hidden and with no class empty."""
+
+    def __init__(self, folder: Path) -> None:
+        def visible(path: str) -> bool:
+            parts = Path(path).relative_to(folder).parts
+            return path.lower().endswith(IMG_EXTENSIONS) and not any(part.startswith(".") for part in parts)
+
+        super().__init__(str(folder), loader=read_image, is_valid_file=visible, allow_empty=True)
+        for number in sorted(set(range(len(self.classes))) - set(self.targets)):
+            raise ValueError(
+                f"There is no image in '{folder / self.classes[number]}'. Put images there, or remove the folder. Files of"
+                f" these types are read: {' '.join(IMG_EXTENSIONS)}."
+            )
+
+    @override
+    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
+        names = sorted(entry.name for entry in os.scandir(directory) if entry.is_dir() and not entry.name.startswith("."))
+        if not names:
+            raise ValueError(f"There is no class folder in '{directory}'. Images are expected in '{directory}/<class>/'.")
+        return names, {name: number for number, name in enumerate(names)}

@@ -1,6 +1,6 @@
 """Batches of samples, and the datasets that hand them out a whole batch at a time."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -9,6 +9,9 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 from torchvision.transforms.functional import pil_to_tensor
 from typing_extensions import override
+
+from salun_lightning.data.images import eight_bits
+from salun_lightning.data.targets import class_numbers, contradiction
 
 Transform = Callable[[Any], Any]
 
@@ -75,7 +78,7 @@ class ImageTensors(Dataset[tuple[Tensor, Tensor]]):
                 f" {tuple(images.shape)} and {len(targets)} targets."
             )
         self.images = images
-        self.targets = torch.as_tensor(targets).long()
+        self.targets = class_numbers(targets).to(images.device)
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -90,17 +93,28 @@ class SampleBatches(Dataset[Any]):
     """Hands out whole batches of a dataset: index it with a list of positions.
 
     Args:
-        source: Map-style dataset of (image, class) pairs.
+        source: Map-style dataset of (image, class) pairs, longer tuples or mappings.
         transform: For :class:`ImageTensors`, applied to a whole uint8 batch (B, C, H, W) where the images lie; for other
             datasets, applied to each image. What is uint8 after it, or still a PIL image, is scaled to floats in [0, 1].
         forget: For a training set, a bool tensor (N,) that is true for what is to be forgotten. Batches then are
             dictionaries with the parts ``forget`` and ``retain``, of which either may be absent.
+        targets: The classes that the split was made with, int64 of shape (N,): those of the samples must be the same.
+        keys: Where a sample holds its image and its class.
     """
 
-    def __init__(self, source: Any, transform: Transform | None = None, forget: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        source: Any,
+        transform: Transform | None = None,
+        forget: Tensor | None = None,
+        targets: Tensor | None = None,
+        keys: tuple[int | str, int | str] = (0, 1),
+    ) -> None:
         self.source = source
         self.transform = transform
         self.forget = forget
+        self.targets = targets
+        self.keys = keys
 
     def __len__(self) -> int:
         return len(self.source)
@@ -108,9 +122,7 @@ class SampleBatches(Dataset[Any]):
     @override
     def __getitem__(self, index: list[int]) -> Samples | dict[str, Samples]:
         positions = torch.tensor(index)
-        samples = self._of_tensors(positions) if isinstance(self.source, ImageTensors) else self._one_by_one(positions)
-        if not samples.inputs.is_floating_point():
-            samples = samples._replace(inputs=samples.inputs.float().div_(255))
+        samples = self.samples(positions)
         if self.forget is None:
             return samples
         forget = self.forget[positions]
@@ -121,6 +133,20 @@ class SampleBatches(Dataset[Any]):
             if len(rows)
         }
 
+    def samples(self, positions: Tensor) -> Samples:
+        """One batch that is not divided into parts.
+
+        Raises:
+            ValueError: The images differ in size, are of a type without a scale, or the targets are not those of the split.
+        """
+        samples = self._of_tensors(positions) if isinstance(self.source, ImageTensors) else self._one_by_one(positions)
+        kind = samples.inputs.dtype
+        if kind.is_floating_point:
+            return samples
+        if kind not in _SCALES:
+            raise ValueError(f"Images of {kind} have no known scale. Make them uint8, uint16 or floats in [0, 1].")
+        return samples._replace(inputs=samples.inputs.float().div_(_SCALES[kind]))
+
     def _of_tensors(self, positions: Tensor) -> Samples:
         positions = positions.to(self.source.images.device, non_blocking=True)
         images, targets = self.source[positions]
@@ -129,7 +155,38 @@ class SampleBatches(Dataset[Any]):
         return Samples(images, targets, positions)
 
     def _one_by_one(self, positions: Tensor) -> Samples:
-        pairs = [self.source[int(position)] for position in positions]
-        images = [image if self.transform is None else self.transform(image) for image, _ in pairs]
-        images = [pil_to_tensor(image) if isinstance(image, Image) else image for image in images]
-        return Samples(default_collate(images), torch.tensor([int(target) for _, target in pairs]), positions)
+        samples = [self.source[int(position)] for position in positions]
+        images, targets = ([_part(sample, key) for sample in samples] for key in self.keys)
+        if self.transform is not None:
+            images = [self.transform(image) for image in images]
+        images = [pil_to_tensor(eight_bits(image)) if isinstance(image, Image) else image for image in images]
+        for position, image in zip(positions.tolist(), images, strict=True):
+            if image.shape != images[0].shape:
+                raise ValueError(
+                    f"Images must be equal in size, but number {int(positions[0])} of the data is {tuple(images[0].shape)} and"
+                    f" number {position} is {tuple(image.shape)}. Give transforms that make them so, such as Resize and"
+                    " CenterCrop of torchvision, as train_transform and eval_transform."
+                )
+        return Samples(default_collate(images), self._checked(class_numbers(targets), positions), positions)
+
+    def _checked(self, targets: Tensor, positions: Tensor) -> Tensor:
+        if self.targets is not None:
+            expected = self.targets[positions]
+            for row in (targets != expected).nonzero().flatten()[:1].tolist():
+                raise ValueError(contradiction(int(positions[row]), int(targets[row]), int(expected[row])))
+        return targets
+
+
+_SCALES = {torch.uint8: 255, torch.uint16: 65535}
+
+
+def _part(sample: Any, key: int | str) -> Any:
+    """What a sample holds under a key or at a position."""
+    try:
+        return sample[key]
+    except (KeyError, IndexError, TypeError):
+        has = f"the keys {', '.join(map(str, sample))}" if isinstance(sample, Mapping) else f"the type {type(sample).__name__}"
+        raise ValueError(
+            f"A sample of the data has {has}, and nothing under {key!r}. Set input_key and target_key to where it holds its"
+            " image and its class."
+        ) from None

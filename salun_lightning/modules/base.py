@@ -5,18 +5,22 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from copy import deepcopy
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
 from salun_lightning.data import ForgetRetainDataModule, Order, Samples, epoch_seed, run_seed
 from salun_lightning.methods import FineTune, Method
+from salun_lightning.modules.record import KEY, arguments_from, check_resumed, record_of
+from salun_lightning.modules.trouble import Divergence, batch_norm_explained
 from salun_lightning.networks.loading import load_weights, read_checkpoint
 
 SETS = ("forget", "retain", "val", "test", "test_forget")
@@ -31,9 +35,9 @@ class UnlearningModule(LightningModule, ABC):
     Args:
         network: The network.
         method: How it is trained: ``FineTune`` for the original and the retrained model, else a method of forgetting.
-        original: The original model to start from: a checkpoint, or a pipeline directory of diffusers. None starts from the
-            network as it is. (Lightning's ``ckpt_path`` also restores the optimizer and the epoch: it resumes or tests a run,
-            and takes precedence.)
+        original: The original model to start from: a checkpoint or state_dict, also of another project, or a pipeline directory
+            of diffusers. None starts from the network as it is. (Lightning's ``ckpt_path`` also restores the optimizer and the
+            epoch: it resumes or tests a run, and takes precedence.)
         optimizer: Makes the optimizer from the parameters.
         lr_scheduler: Makes the learning-rate scheduler from the optimizer.
         lr_interval: Whether the scheduler steps each epoch or each optimizer step.
@@ -56,6 +60,7 @@ class UnlearningModule(LightningModule, ABC):
         self.make_lr_scheduler = lr_scheduler
         self.lr_interval = lr_interval
         self._started = False
+        self._divergence = Divergence()
         self._reference: list[nn.Module] = []  # in a list, so that it is neither a part of this module nor saved with it
 
     @abstractmethod
@@ -109,20 +114,58 @@ class UnlearningModule(LightningModule, ABC):
         return self._reference[0]
 
     @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint[KEY] = record_of(self, self.method)
+
+    @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
+            check_resumed(checkpoint.get(KEY, {}), self.method)
         self._started = True
+
+    @classmethod
+    @override
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
+        """Make the module that a checkpoint is of, with its weights. No pickle is executed.
+
+        Args:
+            checkpoint_path: The file. That of a run from a configuration needs nothing else.
+            *args: See ``LightningModule.load_from_checkpoint``.
+            **kwargs: Likewise, and arguments of the module; ``network``, where the checkpoint does not say how it was made.
+        """
+        checkpoint = read_checkpoint(checkpoint_path)  # always: it refuses a pickle in a sentence
+        if "network" not in kwargs:
+            kwargs = {**arguments_from(cls, checkpoint), **kwargs}
+        return super().load_from_checkpoint(checkpoint_path, *args, **{**kwargs, "weights_only": True})
+
+    @override
+    def on_fit_start(self) -> None:
+        self.check_network()
 
     @override
     def on_validation_start(self) -> None:
-        self._start()
+        if self.trainer.state.fn != TrainerFn.FITTING:
+            self._start_evaluation()
 
     @override
     def on_test_start(self) -> None:
-        self._start()
+        self._start_evaluation()
 
     @override
     def on_predict_start(self) -> None:
+        self._start_evaluation()
+
+    def _start_evaluation(self) -> None:
+        if self.original is not None and not self._started:
+            rank_zero_warn(
+                f"Nothing was trained or loaded, so the original model '{self.original}' is evaluated. For another, give its"
+                " checkpoint as ckpt_path."
+            )
         self._start()
+        self.check_network()
+
+    def check_network(self) -> None:  # which depends on the kind of model
+        """Refuse a network that does not fit the data, before anything is spent on it."""
 
     def _start(self) -> None:
         """Load the original model, unless training or a checkpoint has already put other weights in place."""
@@ -146,6 +189,7 @@ class UnlearningModule(LightningModule, ABC):
 
     @override
     def on_train_start(self) -> None:
+        self._divergence = Divergence()
         for reference in self._reference:  # to the device and precision of training
             reference.to(next(self.network.parameters()))
         self.method.start(self)
@@ -163,10 +207,17 @@ class UnlearningModule(LightningModule, ABC):
 
     @override
     def training_step(self, batch: Mapping[str, Samples]) -> Tensor:
-        loss = self.method.loss(self, batch)
-        size = sum(len(part.targets) for part in batch.values())
+        sizes = {name: len(part.targets) for name, part in batch.items()}
+        with batch_norm_explained(sizes):
+            loss = self.method.loss(self, batch)
+        self._divergence.note(loss)
+        size = sum(sizes.values())
         self.log("train/loss", loss, prog_bar=True, on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
         return loss
+
+    @override
+    def on_train_epoch_end(self) -> None:
+        self._divergence.report(self)
 
     @override
     def configure_optimizers(self) -> Any:

@@ -1,14 +1,17 @@
 """Image classifiers."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.nn import functional
 from torchmetrics import MeanMetric
 from typing_extensions import override
 
-from salun_lightning.data import Samples
+from salun_lightning.data import ForgetRetainDataModule, Samples
 from salun_lightning.metrics import MembershipInference
 from salun_lightning.metrics.membership import Group
 from salun_lightning.modules.base import SETS, UnlearningModule, set_name
@@ -27,10 +30,10 @@ class ImageClassifier(UnlearningModule):
     - ``MIA``: membership inference, see ``MembershipInference``
 
     and the accuracy on every set, such as ``test/val/acc``. None of them has a best direction of its own: the target is the
-    value of the retrained model.
+    value of the retrained model. What needs a set that is not there is left out. A sample whose logits are NaN counts as wrong.
 
     Args:
-        network: Maps images (B, C, H, W) in [0, 1] to logits (B, classes).
+        network: Maps images (B, C, H, W) in [0, 1] to logits (B, classes), or to something that holds them, see ``logits_of``.
         channels_last: Lay images and weights out with the channels last, which is faster with bf16.
         **kwargs: See ``UnlearningModule``.
     """
@@ -45,8 +48,48 @@ class ImageClassifier(UnlearningModule):
     @override
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, classes) of images (B, C, H, W) in [0, 1]."""
-        logits: Tensor = self.network(images.contiguous(memory_format=self.memory_format))
-        return logits
+        return self._logits(self.network, images)
+
+    def _logits(self, network: nn.Module, images: Tensor) -> Tensor:
+        return logits_of(network(images.contiguous(memory_format=self.memory_format)))
+
+    @override
+    def check_network(self) -> None:
+        """Try the network on two samples, in eval mode and with random numbers put back, so that nothing is changed.
+
+        Raises:
+            ValueError: It cannot take the images, or has fewer outputs than the data has classes. (More are no harm.)
+        """
+        if not isinstance(self.datamodule, ForgetRetainDataModule):
+            return
+        network = getattr(self.network, "_orig_mod", self.network)  # to compile for two samples would take long
+        modes = {module: module.training for module in network.modules()}
+        strategy = self.trainer.strategy
+        with isolate_rng(), torch.no_grad(), strategy.precision_plugin.forward_context():
+            samples = strategy.batch_to_device(strategy.precision_plugin.convert_input(self.datamodule.probe()))
+            try:
+                logits = self._logits(network.eval(), samples.inputs)
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+                reason = str(error).partition("\n")[0].rstrip(".")
+                raise ValueError(
+                    f"The network cannot take the images of the data, which have shape {tuple(samples.inputs.shape[1:])}:"
+                    f" {reason}. Make the network for these channels and this size, or the images for the network."
+                ) from error
+            finally:
+                for module, training in modes.items():
+                    module.training = training
+        if logits.ndim != 2 or len(logits) != len(samples.targets):
+            raise ValueError(
+                f"The network must give a row of logits for each image; for {len(samples.targets)} images it gave"
+                f" {tuple(logits.shape)}."
+            )
+        if logits.shape[1] < self.num_classes:
+            raise ValueError(
+                f"The network has {logits.shape[1]} outputs, but the data has {self.num_classes} classes. Give the network at"
+                " least as many (num_classes)."
+            )
 
     @override
     def task_loss(self, samples: Samples) -> Tensor:
@@ -55,7 +98,8 @@ class ImageClassifier(UnlearningModule):
 
     @override
     def validation_step(self, samples: Samples, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._count("val", set_name(self, self.trainer.val_dataloaders, dataloader_idx), self(samples.inputs), samples)
+        prediction = self.predicted(set_name(self, self.trainer.val_dataloaders, dataloader_idx), samples)
+        self._count("val", prediction["set"], prediction["probabilities"], samples)
 
     @override
     def on_test_epoch_start(self) -> None:
@@ -70,9 +114,10 @@ class ImageClassifier(UnlearningModule):
             self.mia.update(prediction["probabilities"], samples.targets, samples.indices, _GROUPS[name])
         return prediction
 
-    def _count(self, stage: str, name: str, outputs: Tensor, samples: Samples) -> None:
+    def _count(self, stage: str, name: str, probabilities: Tensor, samples: Samples) -> None:
         accuracy = self._accuracy(name)
-        accuracy.update((outputs.argmax(1) == samples.targets).float())
+        right = (probabilities.argmax(1) == samples.targets) & ~probabilities.isnan().any(1)  # else NaN would be class 0
+        accuracy.update(right.float())
         self.log(f"{stage}/{name}/acc", accuracy, add_dataloader_idx=False)
 
     def _accuracy(self, name: str) -> MeanMetric:
@@ -82,8 +127,15 @@ class ImageClassifier(UnlearningModule):
 
     @override
     def on_test_epoch_end(self) -> None:
-        forget, retain, test = (100 * self._accuracy(name).compute() for name in ("forget", "retain", "test"))
-        results = {"UA": 100 - forget, "RA": retain, "TA": test, "MIA": 100 * self.mia.compute()}
+        sets = self.trainer.test_dataloaders or {}
+        percent = {name: 100 * self._accuracy(name).compute() for name in _GROUPS if name in sets}
+        results = {figure: percent[name] for figure, name in (("RA", "retain"), ("TA", "test")) if name in percent}
+        if "forget" in percent:
+            results["UA"] = 100 - percent["forget"]
+        if percent.keys() == _GROUPS.keys():
+            results["MIA"] = 100 * self.mia.compute()
+        if "test" not in percent:
+            rank_zero_info("There is no test set, so TA and MIA are left out.")
         self.log_dict(results, sync_dist=True)
 
     @override
@@ -98,3 +150,31 @@ class ImageClassifier(UnlearningModule):
         """
         probabilities = self(samples.inputs).float().softmax(1)
         return {"set": name, "index": samples.indices, "target": samples.targets, "probabilities": probabilities}
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits (B, classes) in what a network returns.
+
+    Args:
+        output: They themselves; something with an attribute or a key ``logits``, as models of Hugging Face return; or a tuple
+            of which they are the first, as with auxiliary heads.
+
+    Raises:
+        ValueError: It is nothing of that kind.
+
+    Example:
+        >>> logits_of((torch.zeros(4, 10), torch.ones(4, 10))).sum()
+        tensor(0.)
+    """
+    logits = output
+    if isinstance(output, Mapping):
+        logits = output.get("logits")
+    elif hasattr(output, "logits"):
+        logits = output.logits
+    elif isinstance(output, tuple | list) and output:
+        logits = output[0]
+    if not isinstance(logits, Tensor):
+        raise ValueError(
+            f"The network returned a {type(output).__name__} without logits. Return them, or a tuple that begins so."
+        )
+    return logits

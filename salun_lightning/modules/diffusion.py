@@ -98,6 +98,7 @@ class ClassDiffusion(UnlearningModule):
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
         checkpoint["noise_schedule"] = {key: self.process.config[key] for key in PROCESS}
 
     @override

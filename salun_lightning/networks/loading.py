@@ -1,11 +1,13 @@
 """Weights of an original model, from whatever file holds them."""
 
 import os
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -27,48 +29,123 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         return read_pipeline(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no model at '{path}'. Train it first, or give the path of its checkpoint.")
+    reason = ""
     try:
         if path.suffix == ".safetensors":
             return dict(load_file(path))
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"'{path}' cannot be read as a checkpoint; it may be truncated: {error}") from error
+        reason = str(error)
+        if "weights_only" not in reason:
+            raise ValueError(f"'{path}' cannot be read as a checkpoint; it may be truncated: {reason}") from error
+    if reason:  # which advises to execute the code, so neither the text nor its traceback is passed on
+        raise ValueError(_refusal(path))
     if not isinstance(content, dict):
         raise ValueError(f"'{path}' holds a {type(content).__name__}, which is neither a checkpoint nor a state_dict.")
     return content
 
 
+def _refusal(path: Path) -> str:
+    with path.open("rb") as file:
+        pickled = zipfile.is_zipfile(path) or file.read(1) == b"\x80"
+    if not pickled:
+        return f"'{path}' cannot be read as a checkpoint; it may be truncated, or something else."
+    return (
+        f"'{path}' cannot be read as a checkpoint without executing code that it holds, which is not done. Where it was made,"
+        " save the weights alone: torch.save(model.state_dict(), path)."
+    )
+
+
+def weights_in(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The weights and buffers of a checkpoint by plain name, from under the key that people put them.
+
+    Args:
+        checkpoint: What :func:`read_checkpoint` returned.
+
+    Raises:
+        ValueError: There are none, or two of one name.
+    """
+    inner = next((checkpoint[key] for key in _KEYS if isinstance(checkpoint.get(key), Mapping)), None)
+    if inner is not None:
+        return weights_in(inner)
+    tensors = {name: tensor for name, tensor in checkpoint.items() if isinstance(tensor, Tensor)}
+    if checkpoint and not tensors:
+        raise ValueError(
+            f"The checkpoint holds no weights; it has the keys {_some(sorted(map(str, checkpoint)))}. Save the network's"
+            " state_dict()."
+        )
+    plain = {plain_name(name): tensor for name, tensor in tensors.items()}
+    if len(plain) < len(tensors):
+        raise ValueError(_TWICE)
+    return plain
+
+
+def export_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The weights and buffers of a checkpoint, as the network by itself names them.
+
+    ``torchvision.models.resnet18(num_classes=10).load_state_dict(export_state_dict("last.ckpt"))`` takes what a
+    ``TorchvisionClassifier`` learned; timm and others likewise.
+
+    Args:
+        path: See :func:`read_checkpoint`.
+    """
+    return weights_in(read_checkpoint(path))
+
+
 def load_weights(network: nn.Module, checkpoint: Mapping[str, Any]) -> None:
-    """Load weights and buffers into a network. Names must match exactly, apart from what wrappers put around them.
+    """Load weights and buffers into a network. Every one of its names must be there, behind at most one prefix.
+
+    What else the checkpoint holds is left out, and listed in a warning.
 
     Args:
         network: The network to fill.
         checkpoint: What :func:`read_checkpoint` returned.
 
     Raises:
-        ValueError: A name is missing or unknown, or a shape or the architecture differs.
+        ValueError: A name is missing or is there more than once, or a shape or the architecture differs.
     """
     if "network_config" in checkpoint:
         check_architecture(network, checkpoint["network_config"])
-    state: Mapping[str, Tensor] = checkpoint.get("state_dict", checkpoint)
-    given = {plain_name(name): tensor for name, tensor in state.items()}
-    wanted = {plain_name(name): name for name in network.state_dict()}
-    if len(given) < len(state) or len(wanted) < len(network.state_dict()):
-        raise ValueError("The checkpoint has two weights of one name, once wrappers are left out. Save its network alone.")
-    missing, unexpected = sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys())
-    if missing or unexpected:
+    own = network.state_dict()
+    given, wanted = weights_in(checkpoint), {plain_name(name): name for name in own}
+    if len(wanted) < len(own):
+        raise ValueError(_TWICE)
+    source = _matched(given, list(wanted))
+    if source is None:
+        missing, unexpected = sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys())
         raise ValueError(
             "The checkpoint does not fit the network:"
             f" {_some(missing)} missing from the checkpoint, {_some(unexpected)} unknown to the network."
         )
-    own = network.state_dict()
     for name, key in wanted.items():
-        if given[name].shape != own[key].shape:
+        if given[source[name]].shape != own[key].shape:
             raise ValueError(
-                f"The checkpoint does not fit the network: '{name}' is {tuple(given[name].shape)} in the checkpoint and"
+                f"The checkpoint does not fit the network: '{name}' is {tuple(given[source[name]].shape)} in the checkpoint and"
                 f" {tuple(own[key].shape)} in the network."
             )
-    network.load_state_dict({key: given[name] for name, key in wanted.items()})
+    network.load_state_dict({key: given[source[name]] for name, key in wanted.items()})
+    extra = sorted(given.keys() - source.values())
+    if extra:
+        rank_zero_warn(f"The checkpoint also holds {_some(extra)}, which the network does not have. That is left out.")
+
+
+def _matched(given: Mapping[str, Tensor], wanted: list[str]) -> dict[str, str] | None:
+    """Where the checkpoint has each name of the network; None if it has not all of them behind one prefix."""
+    first = next(iter(wanted), "")
+    prefixes = {name.removesuffix(first) for name in given if name == first or name.endswith(f".{first}")}
+    fits = sorted(prefix for prefix in prefixes if all(prefix + name in given for name in wanted))
+    if "" not in fits and len(fits) > 1:
+        raise ValueError(f"The checkpoint has the network's weights more than once: under {', '.join(fits)}. Save one alone.")
+    if fits:
+        return {name: fits[0] + name for name in wanted}
+    own = first.partition(".")[0] + "."  # a prefix of the network that the checkpoint lacks
+    if all(name.startswith(own) and name.removeprefix(own) in given for name in wanted):
+        return {name: name.removeprefix(own) for name in wanted}
+    return None
+
+
+_KEYS = ("state_dict", "model_state_dict", "model", "net", "network", "state_dict_ema", "model_ema", "ema")
+_TWICE = "The checkpoint has two weights of one name, once wrappers are left out. Save its network alone."
 
 
 def _some(names: list[str]) -> str:

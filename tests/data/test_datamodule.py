@@ -212,7 +212,7 @@ NAMELESS = list(zip(IMAGES.images, IMAGES.targets.tolist(), strict=True))
     ("arguments", "message"),
     [
         ({"train": NAMELESS, "test": IMAGES}, "list has neither targets nor labels; give the datamodule its targets"),
-        ({"train": IMAGES}, "needs a train and a test dataset"),
+        ({"test": IMAGES}, "needs a train dataset"),
         ({"train": IMAGES, "test": IMAGES, "class_names": ["cat", "dog"]}, "class 2, but there are names for 2 classes"),
         ({"train": NAMELESS, "test": NAMELESS, "targets": ([0, 1], [0] * 9)}, "2 targets for 9 samples"),
         ({"train": Pairs([], []), "test": IMAGES}, "0 targets for 0 samples"),

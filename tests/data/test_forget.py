@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from jsonargparse import ArgumentError, ArgumentParser
 
-from salun_lightning.data import ForgetClasses, ForgetIndices, ForgetRandom
+from salun_lightning.data import ForgetClasses, ForgetIndices, ForgetRandom, ForgetRequest
 from tests.small import small_datamodule
 
 NAMES = ["cat", "dog", "owl"]
@@ -23,6 +24,8 @@ ALL = torch.arange(10)
         (1, [1, 4, 7]),
         ([1], [1, 4, 7]),
         (["owl", 1], [1, 2, 4, 5, 7, 8]),
+        (np.int64(1), [1, 4, 7]),
+        (np.array([1, 2]), [1, 2, 4, 5, 7, 8]),
         ([2, "owl", 2], [2, 5, 8]),
         ([], []),
     ],
@@ -39,8 +42,8 @@ def test_a_name_goes_before_a_number() -> None:
     assert ForgetClasses([1]).classes(["1", "10", "2"]) == [0]
 
 
-@pytest.mark.parametrize("name", ["bird", -1, 3, "1"])
-def test_unknown_class(name: int | str) -> None:
+@pytest.mark.parametrize("name", ["bird", -1, 3, "1", True, 1.0, None])
+def test_unknown_class(name: Any) -> None:
     with pytest.raises(ValueError, match=rf"There is no class '{name}'. The classes are: cat, dog, owl."):
         ForgetClasses([name]).indices(TARGETS, NAMES, ALL)
 
@@ -86,9 +89,21 @@ def test_random_forgetting_leaves_the_test_set_alone() -> None:
         ({"fraction": 0.0}, "must lie between 0 and 1, got 0.0"),
         ({"fraction": 1.2}, "must lie between 0 and 1, got 1.2"),
         ({"count": 0}, "must be positive, got 0"),
+        ({"count": True}, "count .* whole number, got True"),
+        ({"count": 2.5}, "count .* whole number, got 2.5"),
+        ({"count": "3"}, "count .* whole number, got '3'"),
+        ({"count": float("nan")}, "count .* whole number, got nan"),
+        ({"fraction": float("nan")}, "must lie between 0 and 1, got nan"),
+        ({"fraction": True}, "must lie between 0 and 1, got True"),
+        ({"fraction": "0.1"}, "must lie between 0 and 1, got '0.1'"),
+        ({"count": 1, "seed": True}, "seed .* got True"),
+        ({"count": 1, "seed": float("nan")}, "seed .* got nan"),
+        ({"count": 1, "seed": "1"}, "seed .* got '1'"),
+        ({"count": 1, "seed": -1}, r"seed .* got -1"),
+        ({"count": 1, "seed": 2**32}, "seed .* got 4294967296"),
     ],
 )
-def test_random_refuses(arguments: dict[str, float], message: str) -> None:
+def test_random_refuses(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ForgetRandom(**arguments)
 
@@ -106,18 +121,90 @@ def test_random_asks_for_too_much(request_: ForgetRandom, message: str) -> None:
         request_.indices(TARGETS, NAMES, ALL)
 
 
-@pytest.mark.parametrize("positions", [[7, 2, 2, 0], (0, 2, 7), np.array([2, 7, 0])])
-def test_indices_from_a_list(positions: list[int]) -> None:
+@pytest.mark.parametrize(
+    "positions",
+    [
+        [7, 2, 2, 0],
+        (0, 2, 7),
+        np.array([2, 7, 0]),
+        torch.tensor([7, 0, 2], dtype=torch.int32),
+        [np.int64(7), torch.tensor(2), 0],
+        [number in (0, 2, 7) for number in range(10)],
+        torch.isin(torch.arange(10), torch.tensor([0, 2, 7])),
+        np.isin(np.arange(10), [0, 2, 7]),
+    ],
+)
+def test_indices_from_a_list(positions: Any) -> None:
     forget = ForgetIndices(positions).indices(TARGETS, NAMES, ALL)
     assert forget.tolist() == [0, 2, 7]
     assert forget.dtype == torch.int64
 
 
 @pytest.mark.parametrize("as_text", [True, False])
-def test_indices_from_a_file(tmp_path: Path, as_text: bool) -> None:
+@pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf"])  # a byte order mark, as editors on Windows write it
+def test_indices_from_a_file(tmp_path: Path, as_text: bool, start: bytes) -> None:
     path = tmp_path / "forget.txt"
-    path.write_text("7\n\n 2 \n0\n")
+    path.write_bytes(start + b"7\r\n\n 2 \n0\n0\n")
     assert ForgetIndices(str(path) if as_text else path).indices(TARGETS, NAMES, ALL).tolist() == [0, 2, 7]
+
+
+@pytest.mark.parametrize(
+    ("positions", "message"),
+    [
+        ([False] * 5 + [True] * 3, "a mask of 8 images, but the training data has 10"),
+        (torch.ones(11, dtype=torch.bool), "a mask of 11 images, but the training data has 10"),
+        ([1.9, 2.2], "must be whole numbers, got 1.9"),
+        ([1.0], "must be whole numbers, got 1.0"),
+        (torch.tensor([2.0]), "must be whole numbers, got 2.0"),
+        ([float("nan")], "must be whole numbers, got nan"),
+        ([0, True], "must be whole numbers, got True"),
+        ([True] * 9 + [0], "must be whole numbers, got True"),
+        (["1", "2"], "must be whole numbers, got '1'"),
+        ([None], "must be whole numbers, got None"),
+        ([[1, 2]], r"must be whole numbers, got \[1, 2\]"),
+        (torch.zeros(2, 2, dtype=torch.int64), r"must be whole numbers, got \[0, 0\]"),
+        (5, "must be a list .* got 5"),
+        (10**30, "must be a list .* got 1000"),
+        ([10**30], f"Index {10**30} is out of range"),
+        (torch.tensor(5), r"must be a list .* got tensor\(5\)"),
+    ],
+)
+def test_indices_that_are_none(positions: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ForgetIndices(positions).indices(TARGETS, NAMES, ALL)
+
+
+@pytest.mark.parametrize(
+    ("positions", "expected"), [("[2, 0]", [0, 2]), (str([number == 2 for number in range(10)]).lower(), [2])]
+)
+def test_indices_on_the_command_line(positions: str, expected: list[int]) -> None:
+    assert parsed(f"--forget=ForgetIndices --forget.positions={positions}".replace(", ", ",")).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("ForgetIndices --forget.positions=[1.9,2.2]", "must be whole numbers, got 1.9"),
+        ("ForgetIndices --forget.positions=[0,true]", "must be whole numbers, got True"),
+        ("ForgetIndices --forget.positions=[true,false]", "a mask of 2 images, but the training data has 10"),
+        ("ForgetRandom --forget.count=true", "Expected a <class 'int'>"),
+        ("ForgetRandom --forget.count=2.5", "Expected a <class 'int'>"),
+        ("ForgetRandom --forget.fraction=.nan", "must lie between 0 and 1, got nan"),
+        ("ForgetRandom --forget.count=1 --forget.seed=1.5", "Expected a <class 'int'>. Got value: 1.5"),
+        ("ForgetRandom --forget.count=1 --forget.seed=-1", "seed .* got -1"),
+        ("ForgetClasses --forget.names=[true]", "Given value: True"),
+        ("ForgetClasses --forget.names=[1.5]", "Given value: 1.5"),
+    ],
+)
+def test_requests_that_the_command_line_refuses(words: str, message: str) -> None:
+    with pytest.raises((ValueError, ArgumentError), match=f"(?s){message}"):
+        parsed(f"--forget={words}")
+
+
+def parsed(words: str) -> torch.Tensor:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--forget", type=ForgetRequest)
+    return parser.instantiate(parser.parse_args(words.split(" "))).forget.indices(TARGETS, NAMES, ALL)
 
 
 @pytest.mark.parametrize("position", [-1, 10])
@@ -136,7 +223,16 @@ def test_index_in_the_validation_set() -> None:
     [
         (b"3\nfour\n", "Line 2 of '.*forget.txt' is not a position: 'four'"),
         (b"3\n1.5\n", "Line 2 of '.*forget.txt' is not a position: '1.5'"),
+        (b"1_0\n", "Line 1 of '.*forget.txt' is not a position: '1_0'"),
+        (b"+1\n", r"Line 1 of '.*forget.txt' is not a position: '\+1'"),
+        (b"-1\n", "Line 1 of '.*forget.txt' is not a position: '-1'"),
+        (b"\xd9\xa1\n", "Line 1 of '.*forget.txt' is not a position: '\u0661'"),  # the Arabic one, which int() reads
+        (b"1\n" + b"9" * 5000, "Line 2 of '.*forget.txt' is not a position: '99"),
+        (b"1\n" + b"9" * 30, f"Index {'9' * 30} is out of range"),
+        (b"1 2\n", "Line 1 of '.*forget.txt' is not a position: '1 2'"),
         (b"\xff\xfe\x00", "'.*forget.txt' is not a text file"),
+        ("1\n2\n".encode("utf-16"), "'.*forget.txt' is not a text file .* UTF-8"),
+        ("1\n2\n".encode("utf-16-le"), "Line 1 of '.*forget.txt' is not a position"),
     ],
 )
 def test_bad_file_of_indices(tmp_path: Path, content: bytes, message: str) -> None:

@@ -1,6 +1,7 @@
 """The bundled data sets, and those that torchvision reads, on small files in their real formats."""
 
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -300,3 +301,130 @@ def test_image_folder_of_other_classes(tmp_path: Path) -> None:
     root = image_folder(tmp_path, train="ab", test="ac")
     with pytest.raises(ValueError, match="Training and test images have different classes: b, c"):
         ImageFolderDataModule(root, forget=ForgetRandom(count=3)).setup()
+
+
+def folder(root: Path, **kwargs: Any) -> ImageFolderDataModule:
+    return ImageFolderDataModule(root, forget=ForgetRandom(count=3), **{"image_size": 6, **kwargs})
+
+
+def test_image_folder_without_a_test_folder(tmp_path: Path) -> None:
+    root = image_folder(tmp_path / "images", test="")
+    datamodule = folder(root)
+    datamodule.setup()
+    assert list(datamodule.test_dataloader()) == ["forget", "retain"]
+
+
+def test_hidden_folders_and_files_are_no_images(tmp_path: Path) -> None:
+    root = image_folder(tmp_path / "images")
+    for hidden in (".ipynb_checkpoints", ".git/objects", "a/.ipynb_checkpoints"):
+        (root / "train" / hidden).mkdir(parents=True)
+        shutil.copy(root / "train" / "a" / "0.png", root / "train" / hidden)
+    (root / "train" / "b" / "._0.png").write_bytes(b"what a Mac leaves behind")
+    check_folder(folder(root), 6)
+
+
+def test_an_empty_class_is_named(tmp_path: Path) -> None:
+    root = image_folder(tmp_path / "images")
+    for split in ("train", "test"):
+        (root / split / "c").mkdir()
+    (root / "train" / "c" / "notes.txt").write_text("none yet")
+    with pytest.raises(ValueError, match=r"There is no image in '.*train/c'. Put images there, or remove the folder"):
+        folder(root).setup()
+
+
+def test_a_folder_without_classes(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    with pytest.raises(ValueError, match=r"There is no class folder in '.*train'"):
+        folder(tmp_path).setup()
+
+
+def damaged(path: Path, damage: str) -> None:
+    """An image of noise, so that it has many bytes, of which the second half is lost; or one of many pixels."""
+    if damage == "enormous":
+        Image.new("1", (40, 40)).save(path)
+    elif damage == "text":
+        path.write_text("no image")
+    else:
+        noise = np.random.RandomState(0).randint(0, 256, (64, 64, 3)).astype(np.uint8)
+        Image.fromarray(noise).save(path)
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [("x.jpg", "truncated"), ("x.png", "truncated"), ("x.bmp", "truncated"), ("x.jpg", "text"), ("x.png", "enormous")],
+)
+def test_an_image_that_cannot_be_read_is_named_before_training(
+    tmp_path: Path, name: str, damage: str, in_memory: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000 if damage == "enormous" else 100_000)
+    root = image_folder(tmp_path / "images")
+    damaged(root / "train" / "b" / name, damage)
+    with pytest.raises(ValueError, match=rf"'.*train/b/{name}' cannot be read: .*\. Repair it"):
+        folder(root, in_memory=in_memory).setup()
+
+
+def test_a_jpeg_with_something_behind_its_end_is_read(tmp_path: Path) -> None:
+    root = image_folder(tmp_path / "images")
+    path = root / "train" / "a" / "6.jpg"
+    Image.new("RGB", (8, 8)).save(path)
+    path.write_bytes(path.read_bytes() + b"what a camera adds")
+    datamodule = folder(root)
+    datamodule.setup()
+    assert len(datamodule.forget_indices) + len(datamodule.retain_indices) == 13
+
+
+def test_images_need_not_be_checked(tmp_path: Path) -> None:
+    root = image_folder(tmp_path / "images")
+    damaged(root / "test" / "b" / "9.jpg", "truncated")
+    datamodule = folder(root, check_images=False)
+    datamodule.setup()
+    with pytest.raises(ValueError, match=r"'.*test/b/9\.jpg' cannot be read"):
+        list(datamodule.test_dataloader()["test"])
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_files_of_every_kind_become_rgb(tmp_path: Path, in_memory: bool) -> None:
+    """Each of one colour: what is read is that colour, whatever the file's numbers mean."""
+    kinds = {
+        "0.png": Image.new("RGBA", (8, 8), (10, 20, 30, 128)),
+        "1.png": Image.new("P", (8, 8), 3),
+        "2.tif": Image.new("CMYK", (8, 8), (245, 235, 225, 0)),
+        "3.png": Image.fromarray(np.full((8, 8), 20 * 257, np.uint16)),
+        "4.tif": Image.fromarray(np.full((8, 8), 20 * 257, np.uint16)),
+        "5.png": Image.new("LA", (8, 8), (20, 7)),
+        "6.png": Image.new("1", (8, 8), 1),
+    }
+    kinds["1.png"].putpalette([0] * 9 + [10, 20, 30])
+    kinds["1.png"].info["transparency"] = bytes(4)
+    for split in ("train", "test"):
+        (tmp_path / split / "a").mkdir(parents=True)
+        for name, image in kinds.items():
+            image.save(tmp_path / split / "a" / name)
+    datamodule = folder(tmp_path, in_memory=in_memory)
+    datamodule.setup()
+    (batch,) = datamodule.test_dataloader()["test"]
+    colour, grey = [10, 20, 30], [20, 20, 20]
+    expected = torch.tensor([colour, colour, colour, grey, grey, grey, [255, 255, 255]])
+    assert torch.equal((batch.inputs * 255).round()[:, :, 3, 3], expected.float())
+
+
+def test_shades_of_16_bits_are_not_cut_off(tmp_path: Path) -> None:
+    shades = np.arange(0, 65536, 1024, dtype=np.uint16)[None].repeat(64, 0)
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    for number in range(4):
+        Image.fromarray(shades).save(tmp_path / "train" / "a" / f"{number}.png")
+    datamodule = folder(tmp_path, image_size=64)
+    datamodule.setup()
+    (batch,) = datamodule.test_dataloader()["forget"]
+    expected = torch.from_numpy(shades.astype(np.float32) / 65535)
+    torch.testing.assert_close(batch.inputs, expected.expand_as(batch.inputs), atol=0.5 / 255 + 1e-6, rtol=0)
+
+
+def test_floating_point_images_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    for number in range(4):
+        Image.new("F", (8, 8), 0.5).save(tmp_path / "train" / "a" / f"{number}.tif")
+    with pytest.raises(ValueError, match="cannot be read: The image has floating-point numbers, whose scale is not known"):
+        folder(tmp_path).setup()

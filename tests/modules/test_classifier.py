@@ -1,6 +1,7 @@
 """ImageClassifier: training, and what test reports."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,13 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader
 
-from salun_lightning.data import ForgetClasses, ForgetRandom, ForgetRequest, Samples
+from salun_lightning.data import ForgetClasses, ForgetRandom, ForgetRequest, ForgetRetainDataModule, Samples
 from salun_lightning.methods import FineTune, GradientAscent, NegGradPlus, RandomLabel
 from salun_lightning.modules import ImageClassifier
+from salun_lightning.modules.classifier import logits_of
+from salun_lightning.networks import SmallResNet
 from tests.modules.small_runs import classifier, digits, same, train_original, trainer, weights
+from tests.small import Pairs
 
 
 @pytest.fixture(scope="module")
@@ -198,3 +202,157 @@ def test_random_labels_need_the_number_of_classes(tmp_path: Path) -> None:
 def test_a_method_that_does_not_get_its_part(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="GradientAscent needs the part 'forget' in each batch"):
         trainer(tmp_path, max_epochs=1).fit(classifier(method=GradientAscent()), datamodule=digits(order="retain"))
+
+
+def plain_data(train: Any = None, **kwargs: Any) -> ForgetRetainDataModule:
+    """Twelve random images of two classes, as a user hands them over."""
+    images = torch.rand(12, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    data = Pairs(list(images), [0, 1] * 6) if train is None else train
+    return ForgetRetainDataModule(**{"forget": ForgetRandom(count=4), "train": data, "batch_size": 4, **kwargs})
+
+
+def test_without_test_data_what_can_be_is_measured(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    module, datamodule = classifier(method=RandomLabel()), plain_data()
+    runner = trainer(tmp_path, max_epochs=1)
+    runner.fit(module, datamodule=datamodule)
+    with caplog.at_level("INFO"):
+        metrics = measure(module, tmp_path, datamodule)
+    assert metrics.keys() == {"UA", "RA", "test/forget/acc", "test/retain/acc"}
+    assert [message for message in caplog.messages if "no test set" in message] == [
+        "There is no test set, so TA and MIA are left out."
+    ]
+
+
+class Noisy(nn.Module):
+    """Everything that a forward pass can change: statistics, random numbers, a counter; and it tells when it was asked."""
+
+    def __init__(self, outputs: int = 2) -> None:
+        super().__init__()
+        self.norm, self.head, self.asked = nn.BatchNorm2d(1), nn.Linear(64, outputs), 0
+        self.norm.momentum = 0.5
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.asked += 1
+        torch.rand(3)
+        logits: Tensor = self.head(self.norm(images).flatten(1))
+        return logits
+
+
+@pytest.mark.parametrize("stage", ["fit", "test", "predict", "validate"])
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        (SmallResNet(1, width=4, stages=1), "The network has 1 outputs, but the data has 2 classes"),
+        (
+            SmallResNet(2, in_channels=3, width=4, stages=1),
+            r"cannot take the images .* shape \(1, 8, 8\): .*3 channels.*\. Make the network for",
+        ),
+        (nn.Sequential(nn.Flatten(), nn.Linear(49, 2)), r"cannot take the images .* shape \(1, 8, 8\): mat1 and mat2"),
+        (nn.Conv2d(1, 2, 1), r"must give a row of logits for each image; for 2 images it gave \(2, 2, 8, 8\)"),
+        (nn.Sequential(nn.Flatten(0), nn.Linear(128, 2)), r"must give a row of logits for each image; .* it gave \(2,\)"),
+    ],
+    ids=["outputs", "channels", "size", "a picture", "a row"],
+)
+def test_a_network_that_does_not_fit_is_refused_before_a_step(
+    tmp_path: Path, network: nn.Module, message: str, stage: str
+) -> None:
+    module = ImageClassifier(network)
+    module.on_train_batch_start = lambda *_: pytest.fail("a step was taken")  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match=message):
+        getattr(trainer(tmp_path, max_epochs=1, limit_val_batches=1.0), stage)(module, datamodule=plain_data())
+
+
+def test_more_outputs_than_classes_are_no_harm(tmp_path: Path) -> None:
+    assert "UA" in measure(ImageClassifier(SmallResNet(5, width=4, stages=1)), tmp_path, plain_data())
+
+
+def test_trying_the_network_leaves_no_trace(tmp_path: Path) -> None:
+    module, datamodule, runner = ImageClassifier(Noisy()), plain_data(), trainer(tmp_path, max_epochs=1)
+    runner.fit(module, datamodule=datamodule)
+    module.train()
+    module.network.norm.eval()  # as somebody has set it
+    before, modes, asked = weights(module), [part.training for part in module.modules()], module.network.asked
+    drawn = torch.get_rng_state()
+    module.check_network()
+    assert module.network.asked == asked + 1
+    assert same(weights(module), before)
+    assert [part.training for part in module.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), drawn)
+
+
+class Auxiliary(SmallResNet):
+    """Returns its logits as others do."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(2, width=4, stages=1)
+        self.kind = kind
+
+    def forward(self, images: Tensor) -> Any:
+        logits = super().forward(images)
+        if self.kind == "attribute":
+            return SimpleNamespace(logits=logits, aux_logits=-logits)
+        return {"tuple": (logits, -logits), "list": [logits], "mapping": {"logits": logits, "loss": None}}[self.kind]
+
+
+@pytest.mark.parametrize("kind", ["attribute", "tuple", "list", "mapping"])
+def test_logits_among_other_outputs(tmp_path: Path, kind: str) -> None:
+    def run(network: nn.Module) -> dict[str, float]:
+        torch.manual_seed(0)
+        network.load_state_dict(state)
+        module, datamodule = ImageClassifier(network, method=RandomLabel()), plain_data()
+        trainer(tmp_path, max_epochs=1).fit(module, datamodule=datamodule)
+        return measure(module, tmp_path, datamodule)
+
+    state = SmallResNet(2, width=4, stages=1).state_dict()
+    assert run(Auxiliary(kind)) == run(SmallResNet(2, width=4, stages=1))
+
+
+@pytest.mark.parametrize("output", [None, "logits", {}, (), {"out": torch.zeros(2, 2)}])
+def test_no_logits_among_the_outputs(output: Any) -> None:
+    with pytest.raises(ValueError, match=f"returned a {type(output).__name__} without logits. Return them"):
+        logits_of(output)
+
+
+def test_a_single_sample_for_batch_norm(tmp_path: Path) -> None:
+    network = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Linear(64, 2))
+    with pytest.raises(
+        MisconfigurationException, match=r"a single sample, and a batch has \{'retain': 1\}. Choose a batch_size"
+    ):
+        trainer(tmp_path, max_epochs=1).fit(ImageClassifier(network), datamodule=plain_data(batch_size=7))
+
+
+class Diverging(FineTune):
+    """From its second epoch on, the loss is what a diverged model's is."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.value = value
+
+    def loss(self, module: Any, batch: Any) -> Tensor:
+        loss = super().loss(module, batch)
+        return loss * self.value if module.current_epoch == 1 else loss
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_run_that_diverges_says_so_once(tmp_path: Path, value: float) -> None:
+    with pytest.warns(UserWarning, match="NaN or infinite") as caught:
+        trainer(tmp_path, max_epochs=4).fit(classifier(method=Diverging(value)), datamodule=plain_data())
+    said = [str(warning.message) for warning in caught if "NaN or infinite" in str(warning.message)]
+    assert said == [
+        "The loss was NaN or infinite in epoch 1: the training has diverged. Lower the optimizer's learning rate, or set the"
+        " trainer's gradient_clip_val."
+    ]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_no_numbers_are_wrong(tmp_path: Path, value: float) -> None:
+    """Those of a model that diverged: argmax calls NaN class 0."""
+    images = torch.rand(12, 1, 8, 8)
+    module, datamodule = classifier(), plain_data(Pairs(list(images), [0] * 12), test=Pairs(list(images), [0] * 12))
+    with torch.no_grad():
+        module.network.head.bias[0] = value
+    metrics = measure(module, tmp_path, datamodule)
+    (validated,) = trainer(tmp_path, limit_val_batches=1.0).validate(module, datamodule=datamodule, verbose=False)
+    assert (metrics["UA"], metrics["RA"], metrics["TA"]) == (100, 0, 0)
+    assert np.isnan(metrics["MIA"])
+    assert validated == {"val/forget/acc": 0}

@@ -1,22 +1,26 @@
 """Where a run starts from: the original model, its file, and its split."""
 
+import pickle
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torchvision.models import squeezenet1_1
 
 from salun_lightning.data import DigitsDataModule, ForgetClasses, ForgetRandom
 from salun_lightning.methods import FineTune, GradientAscent, RandomLabel
 from salun_lightning.modules import ImageClassifier
-from salun_lightning.networks import SmallResNet
-from salun_lightning.networks.loading import load_weights, read_checkpoint
+from salun_lightning.networks import SmallResNet, TorchvisionClassifier
+from salun_lightning.networks.loading import export_state_dict, load_weights, read_checkpoint
 from salun_lightning.saliency import SaliencyMasking
 from tests.modules.small_runs import classifier, digits, same, train_original, trainer, weights
 
@@ -70,6 +74,17 @@ def test_without_training_the_original_is_evaluated(tmp_path: Path, original: Pa
     assert same(weights(module.network), plain(original))
 
 
+@pytest.mark.parametrize("stage", ["test", "validate", "predict"])
+def test_evaluating_the_original_is_said(tmp_path: Path, original: Path, stage: str) -> None:
+    module = classifier(original=original)
+    runner = trainer(tmp_path, limit_val_batches=1.0)
+    with pytest.warns(UserWarning, match=rf"the original model '{original}' is evaluated\. For another, give .* ckpt_path"):
+        getattr(runner, stage)(module, datamodule=digits())
+    with warnings.catch_warnings(record=True) as said:
+        getattr(runner, stage)(classifier(original=original), datamodule=digits(), ckpt_path=original)
+    assert not [warning for warning in said if "original model" in str(warning.message)]
+
+
 def test_after_training_the_trained_model_is_tested(tmp_path: Path, original: Path) -> None:
     module = classifier(original=original, method=RandomLabel())
     runner = trainer(tmp_path, max_epochs=1)
@@ -116,6 +131,9 @@ WRAPPERS: dict[str, Callable[[str], str]] = {
     "our module, compiled": lambda name: f"network._orig_mod.{name}",
     "data parallel, our module": lambda name: f"module.network.{name}",
     "another project": lambda name: f"model.{name}",
+    "a shorter name": lambda name: f"net.{name}",
+    "a part of a model": lambda name: f"module.backbone.{name}",
+    "a part of a part": lambda name: f"learner.encoder_q.{name}",
 }
 
 
@@ -133,6 +151,63 @@ def test_names_and_files(tmp_path: Path, original: Path, wrapper: str, kind: str
     assert same(weights(network), plain(original))
 
 
+WRAPPED = ("model", "net", "network", "model_state_dict", "state_dict_ema", "ema")
+
+
+@pytest.mark.parametrize("key", WRAPPED)
+def test_a_state_dict_under_another_key(tmp_path: Path, original: Path, key: str) -> None:
+    noise = {name: torch.zeros(1) for name in ("a", "b")}
+    torch.save({"epoch": 3, "optimizer": {"state": noise}, key: plain(original)}, tmp_path / "original.pt")
+    network = SmallResNet(10, width=8, stages=2)
+    load_weights(network, read_checkpoint(tmp_path / "original.pt"))
+    assert same(weights(network), plain(original))
+
+
+def test_the_trained_weights_go_before_their_average(original: Path) -> None:
+    network = SmallResNet(10, width=8, stages=2)
+    average = {name: torch.zeros_like(tensor) for name, tensor in plain(original).items()}
+    load_weights(network, {"state_dict_ema": average, "state_dict": plain(original)})
+    assert same(weights(network), plain(original))
+
+
+def test_what_else_a_checkpoint_holds_is_listed(original: Path) -> None:
+    network = SmallResNet(10, width=8, stages=2)
+    encoder = {f"encoder.{name}": tensor for name, tensor in plain(original).items()}
+    with pytest.warns(UserWarning, match=r"also holds head\.weight, queue, which the network does not have"):
+        load_weights(network, {"model": {**encoder, "queue": torch.zeros(2), "head.weight": torch.zeros(2), "epoch": 3}})
+    assert same(weights(network), plain(original))
+
+
+def test_two_networks_in_one_checkpoint(original: Path) -> None:
+    network = SmallResNet(10, width=8, stages=2)
+    twins = {f"{side}.{name}": tensor for side in ("student", "teacher") for name, tensor in plain(original).items()}
+    with pytest.raises(ValueError, match=r"has the network's weights more than once: under student\., teacher\..*Save one"):
+        load_weights(network, twins)
+
+
+def test_a_network_with_a_prefix_that_the_checkpoint_lacks(original: Path) -> None:
+    network = nn.ModuleDict({"backbone": SmallResNet(10, width=8, stages=2)})
+    load_weights(network, read_checkpoint(original))
+    assert same(weights(network["backbone"]), plain(original))
+
+
+def test_a_checkpoint_without_weights(original: Path) -> None:
+    with pytest.raises(ValueError, match=r"holds no weights; it has the keys epoch, weights\. Save the network's state_dict"):
+        load_weights(SmallResNet(10), {"epoch": 3, "weights": plain(original)})
+
+
+def test_weights_for_another_library(tmp_path: Path) -> None:
+    """What was trained here is loaded strictly by torchvision."""
+    module = ImageClassifier(TorchvisionClassifier("squeezenet1_1", 10))
+    runner = trainer(tmp_path)
+    runner.strategy.connect(module)
+    runner.save_checkpoint(tmp_path / "last.ckpt")
+    state = export_state_dict(tmp_path / "last.ckpt")
+    theirs = squeezenet1_1(num_classes=10)
+    theirs.load_state_dict(state)
+    assert same(weights(theirs), weights(module.network.model))
+
+
 def test_into_a_compiled_network(original: Path) -> None:
     network = torch.compile(SmallResNet(10, width=8, stages=2))
     load_weights(network, read_checkpoint(original))
@@ -148,10 +223,10 @@ def without(name: str) -> Callable[[State], State]:
     [
         (without("head.bias"), "head.bias missing from the checkpoint, nothing unknown to the network"),
         (
-            lambda s: {**s, "head.scale": s["head.bias"]},
-            "nothing missing from the checkpoint, head.scale unknown to the network",
+            lambda s: {**without("head.bias")(s), "head.scale": s["head.bias"]},
+            "head.bias missing from the checkpoint, head.scale unknown to the network",
         ),
-        (lambda s: {f"other.{n}": t for n, t in s.items()}, r"and \d+ more missing .* and \d+ more unknown"),
+        (lambda s: {n + "s": t for n, t in s.items()}, r"and \d+ more missing .* and \d+ more unknown"),
         (lambda s: {**s, "head.bias": torch.zeros(9)}, r"'head.bias' is \(9,\) in the checkpoint and \(10,\) in the network"),
         (lambda s: {**s, "module.head.bias": s["head.bias"]}, "two weights of one name"),
         (lambda s: {}, r"\d+ more missing from the checkpoint"),
@@ -176,14 +251,20 @@ def test_damaged_file(tmp_path: Path, original: Path, damage: str, suffix: str) 
     path = tmp_path / f"original{suffix}"
     content = original.read_bytes()
     path.write_bytes({"truncated": content[: len(content) // 2], "text": b"weights: none\n", "empty": b""}[damage])
-    with pytest.raises(ValueError, match=f"'.*original{suffix}' cannot be read as a checkpoint; it may be truncated"):
+    with pytest.raises(
+        ValueError, match=f"'.*original{suffix}' cannot be read as a checkpoint; it may be truncated(?!.*weights_only)"
+    ):
         trainer(tmp_path, max_epochs=1).fit(classifier(original=path), datamodule=digits())
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"state_dict": Stranger()}, "cannot be read as a checkpoint"),
+        (
+            {"state_dict": Stranger()},
+            r"original.pt' cannot be read as a checkpoint without executing code .* torch.save\(model.state_dict\(\), path\)",
+        ),
+        (nn.Linear(2, 2), "cannot be read as a checkpoint without executing code"),
         ([torch.zeros(3)], "holds a list, which is neither a checkpoint nor a state_dict"),
         (torch.zeros(3), "holds a Tensor, which is neither a checkpoint nor a state_dict"),
     ],
@@ -191,8 +272,24 @@ def test_damaged_file(tmp_path: Path, original: Path, damage: str, suffix: str) 
 def test_a_file_that_holds_something_else(tmp_path: Path, content: Any, message: str) -> None:
     torch.save(content, tmp_path / "original.pt")
     assert zipfile.is_zipfile(tmp_path / "original.pt")
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as caught:
         read_checkpoint(tmp_path / "original.pt")
+    assert "weights_only" not in str(caught.value)  # torch's advice is to execute the code
+
+
+@pytest.mark.filterwarnings("ignore:.*looks like a TorchScript archive")
+@pytest.mark.parametrize("kind", ["pickle", "script"])
+def test_files_that_torch_advises_to_execute(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "original.pt"
+    if kind == "pickle":
+        path.write_bytes(pickle.dumps({"head.bias": np.zeros(3)}))
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.jit.save(torch.jit.script(nn.Linear(2, 2)), path)
+    with pytest.raises(ValueError, match="without executing code") as caught:
+        read_checkpoint(path)
+    assert "weights_only" not in str(caught.value)
 
 
 @pytest.mark.parametrize("stage", ["fit", "test"])

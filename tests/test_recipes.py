@@ -1,0 +1,80 @@
+"""The recipes of the README for own data and own modules, run as they stand there."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from PIL import Image
+from torch.nn import functional
+from torch.utils.data import DataLoader, TensorDataset
+
+from salun_lightning import SaliencyMasking
+from salun_lightning.cli import main
+from salun_lightning.networks import SmallResNet
+from tests.test_readme import blocks
+
+
+def test_own_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """From a folder of images to a table, with two epochs in the place of thirty."""
+    monkeypatch.chdir(tmp_path)
+    draw = np.random.RandomState(0)
+    for split, count in (("train", 20), ("test", 6)):
+        for name, shade in (("dark", 0), ("bright", 128)):
+            folder = tmp_path / "photos" / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                Image.fromarray((shade + draw.randint(0, 128, (24, 32, 3))).astype(np.uint8)).save(folder / f"{number}.jpg")
+    measure = next(block for block in blocks("sh") if "std_mean" in block)
+    exec(measure.split('"')[1], {})
+    assert capsys.readouterr().out.startswith("2 tensor([0.2")
+    for name, mark in (("photos.yaml", "ImageFolderDataModule"), ("photos_compare.yaml", "photos.yaml")):
+        (tmp_path / name).write_text(next(block for block in blocks("yaml") if mark in block))
+    (command,) = (block for block in blocks("sh") if "photos_compare.yaml" in block)
+    quick = ["--seeds=[1]", "--", "--trainer.max_epochs=2", "--model.network.width=4", "--trainer.accelerator=cpu"]
+    main([*command.split()[2:], *quick])
+    results = json.loads((tmp_path / "runs/photos/compare/results.json").read_text())
+    table = (tmp_path / "runs/photos/compare/table.md").read_text()
+    assert all(f"| {row} |" in table for row in ("original", "Retrain", "SalUn"))
+    assert "RandomLabel" in json.dumps(results)
+
+
+def test_random_labels_in_a_module_of_another_project(tmp_path: Path) -> None:
+    code = next(block for block in blocks("python") if "def forget_loss" in block)
+    assert len(code.split("def forget_loss")[0].strip().splitlines()) <= 6
+    names: dict[str, Any] = {"torch": torch, "functional": functional}
+    exec(code, names)
+
+    class Theirs(LightningModule):
+        num_classes = 3
+        training_step, forget_loss = names["training_step"], names["forget_loss"]
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = SmallResNet(3, width=4, stages=1)
+            self.asked: list[torch.Tensor] = []
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            logits: torch.Tensor = self.network(images)
+            return logits
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    data = TensorDataset(torch.rand(16, 1, 8, 8), torch.arange(16) % 3, torch.arange(16) < 5)
+    masking, module = SaliencyMasking(ratio=0.5), Theirs()
+    before = module.network.head.bias.clone()
+    quiet = dict.fromkeys(("enable_progress_bar", "enable_model_summary", "enable_checkpointing", "logger"), False)
+    Trainer(max_epochs=1, accelerator="cpu", callbacks=[masking], default_root_dir=tmp_path, **quiet).fit(
+        module, DataLoader(data, batch_size=8)
+    )
+    assert masking.report["drift"] == 0
+    assert not torch.equal(module.network.head.bias, before)
+    # wrong labels are drawn for what is to be forgotten, and never the true one: their loss is that of the wrong classes alone
+    logits = torch.zeros(5, 3).scatter_(1, (torch.arange(5) % 3).unsqueeze(1), 50.0)
+    module.network = torch.nn.Identity()
+    assert module.training_step((logits, torch.arange(5) % 3, torch.ones(5, dtype=torch.bool)), 0) == pytest.approx(50)
+    assert module.forget_loss((logits, torch.arange(5) % 3)) < 1e-6
