@@ -1,7 +1,10 @@
 """The command line: LightningCLI with one extra key, ``saliency:``, and the command ``compare``."""
 
+import os
 import sys
+import traceback
 import warnings
+from argparse import ArgumentError
 from pathlib import Path
 from typing import Any
 
@@ -62,3 +65,52 @@ def main(args: list[str] | None = None) -> Any:
     if words[0] == "test":
         words = ["test", "--verbose=false", *words[1:]]
     return UnlearningCLI(args=words)
+
+
+def console(args: list[str] | None = None) -> int:
+    """Run one command for a shell: an error is one sentence on stderr, and ``--debug`` shows where it was raised.
+
+    Modules in the working directory can be named, in whatever way the program was started.
+
+    Args:
+        args: Command-line arguments, without the name of the program; by default those of this process.
+
+    Returns:
+        The exit status: 0 if all went well, 2 for a command line that cannot be understood, 1 for any other error, and 128 plus
+        the signal's number for what a signal ended.
+    """
+    words = list(sys.argv[1:] if args is None else args)
+    if not {"", os.getcwd()} & set(sys.path):
+        sys.path.insert(0, os.getcwd())
+    status, told = 0, ""
+    try:
+        main([word for word in words if word != "--debug"])
+    except BaseException as error:
+        if "--debug" in words:
+            traceback.print_exc()
+        status, told = _ending(error, [word for word in words if word != "--debug"])
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    if told:
+        rank = os.environ.get("LOCAL_RANK", "0")
+        print(f"error{'' if rank == '0' else f' in process {rank}'}: {told}", file=sys.stderr)
+    return status
+
+
+def _ending(error: BaseException, words: list[str]) -> tuple[int, str]:
+    """The exit status, and what is said."""
+    again = " ".join(getattr(error, "__notes__", [])) or "It goes on with the same command."
+    if type(error).__name__ == "SIGTERMException":  # known by its name, because Lightning takes seconds to import
+        return 143, f"Stopped by SIGTERM. {again}"
+    if isinstance(error, KeyboardInterrupt) or (
+        isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt)  # Lightning makes this of Ctrl-C
+    ):
+        return 130, f"Stopped by Ctrl-C. {again}"
+    if isinstance(error, SystemExit):
+        return (error.code, "") if isinstance(error.code, int) else (int(error.code is not None), str(error.code or ""))
+    from salun_lightning.sentences import sentence
+
+    return 2 if isinstance(error, ArgumentError) else 1, sentence(error, words)

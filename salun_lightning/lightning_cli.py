@@ -13,7 +13,6 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
 
 import salun_lightning.data
@@ -156,7 +155,7 @@ class UnlearningCLI(LightningCLI):
     def before_fit(self) -> None:
         """Lose no model that another configuration made."""
         options = self.config["fit"]
-        if options.ckpt_path is None and not options.trainer.fast_dev_run and rank_zero_only.rank == 0:
+        if options.ckpt_path is None and not options.trainer.fast_dev_run and self.trainer.is_global_zero:
             folder = Path(self.trainer.default_root_dir)
             set_other_run_aside(folder, self._parser("fit").dump(options, skip_none=False))
 
@@ -192,9 +191,9 @@ class UnlearningCLI(LightningCLI):
         given, saliency = options.get("callbacks") or [], self._get(self.config_init, "saliency")
         kwargs["callbacks"] = [
             RefuseAccidents(),
+            KeepMetrics(),
             *(given if isinstance(given, list) else [given]),
             *([] if saliency is None else [saliency]),
-            KeepMetrics(),
             checkpoint,
             ProbabilityWriter(),
             ImageWriter(),

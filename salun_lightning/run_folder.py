@@ -2,7 +2,6 @@
 
 import csv
 import io
-import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 import yaml
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
@@ -38,7 +38,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
     """Checkpoints that appear whole or not at all, and are read without executing anything that is in them."""
 
     @override
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         if storage_options is not None or _is_remote(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
@@ -48,7 +48,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
     @override
     def load_checkpoint(
         self,
-        path: str | os.PathLike[str],
+        path: str | Path,
         map_location: Any = "cpu",
         weights_only: bool | None = None,  # True, whatever is asked for
     ) -> dict[str, Any]:
@@ -73,7 +73,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
         return content
 
 
-def check_checkpoint_path(path: str | os.PathLike[str]) -> None:
+def check_checkpoint_path(path: str | Path) -> None:
     """Refuse what cannot be a checkpoint file.
 
     Raises:
@@ -88,7 +88,7 @@ def check_checkpoint_path(path: str | os.PathLike[str]) -> None:
         raise FileNotFoundError(f"There is no checkpoint at '{path}'. Give the path of the last.ckpt of a run.")
 
 
-def _is_remote(path: str | os.PathLike[str]) -> bool:
+def _is_remote(path: str | Path) -> bool:
     return "://" in str(path)
 
 
@@ -101,30 +101,28 @@ class RunLogger(CSVLogger):
 
     def __init__(self, folder: str) -> None:
         super().__init__(folder, name="", version="")
-        self.first_step = 0
-        """The step that the run goes on from."""
 
     @property
     @override
+    @rank_zero_experiment
     def experiment(self) -> Any:
         if self._experiment is None:
-            self._experiment = _Rows(self.log_dir, self.first_step)
+            self._experiment = _Rows(self.log_dir)
         return self._experiment
 
 
 class _Rows(ExperimentWriter):
-    def __init__(self, folder: str, first_step: int) -> None:
-        self._first_step = first_step
-        super().__init__(folder)
-
     @override
     def _check_log_dir_exists(self) -> None:
-        """Keep the earlier rows; Lightning would delete the file."""
+        """Keep the earlier rows: Lightning would delete them here, before it knows whether the run goes on."""
+
+    def keep(self, first_step: int) -> None:
+        """Drop the rows from this step on, which is where the run starts."""
         path = Path(self.metrics_file_path)
         if not path.is_file():
             return
         with path.open(newline="", encoding="utf-8") as file:
-            rows = [row for row in csv.DictReader(file) if _step(row) < self._first_step]
+            rows = [row for row in csv.DictReader(file) if _step(row) < first_step]
         if not rows:
             path.unlink()
             return
@@ -141,13 +139,13 @@ def _step(row: dict[str, str]) -> float:
 
 
 class KeepMetrics(Callback):
-    """Tells the :class:`RunLogger` where a run goes on."""
+    """Tells the :class:`RunLogger` where a run starts: at 0, or where its checkpoint was made."""
 
     @override
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for logger in trainer.loggers:
-            if isinstance(logger, RunLogger) and trainer.state.fn == TrainerFn.FITTING:
-                logger.first_step = checkpoint["loops"]["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"]
+            if isinstance(logger, RunLogger) and trainer.is_global_zero:
+                logger.experiment.keep(trainer.fit_loop.epoch_loop._batches_that_stepped)
 
 
 class SaveConfig(SaveConfigCallback):
@@ -174,7 +172,9 @@ def set_other_run_aside(folder: Path, config: str) -> None:
         return
     for name in ("checkpoints", "pipeline", "metrics.csv", "config.yaml"):
         if (folder / name).exists():
-            set_aside(folder / name, "another configuration made it. Train into another --trainer.default_root_dir to keep both")
+            set_aside(
+                folder / name, "another configuration made it. Train into another --trainer.default_root_dir to keep both"
+            )
 
 
 def _outcome(text: str) -> Any:
@@ -186,7 +186,7 @@ def _outcome(text: str) -> Any:
     if not isinstance(config, dict):
         return None
     for key, names in _SHOWN_ONLY.items():
-        part = config.get(key) if key else config
+        part: Any = config.get(key) if key else config
         for name in names if isinstance(part, dict) else ():
             part.pop(name, None)
     return config
