@@ -146,7 +146,7 @@ class UnlearningCLI(LightningCLI):
         try:
             super()._run_subcommand(subcommand)
         except (KeyboardInterrupt, SystemExit) as stop:
-            command, last = shlex.join([program(), *self._words]), self._last_checkpoint(self.config[subcommand])
+            command, last = f"{program()} {shlex.join(self._words)}", self._last_checkpoint(self.config[subcommand])
             if subcommand == "fit" and last.is_file():
                 command += f" --ckpt_path {shlex.quote(str(last))}"
             stop.add_note(f"It goes on with: {command}")
