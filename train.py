@@ -1,6 +1,8 @@
 """Train, unlearn, test and compare: see `python train.py --help`."""
 
-from salun_lightning.cli import main
+import sys
+
+from salun_lightning.cli import console
 
 if __name__ == "__main__":
-    main()
+    sys.exit(console())

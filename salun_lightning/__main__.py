@@ -1,6 +1,8 @@
 """``python -m salun_lightning``."""
 
-from salun_lightning.cli import main
+import sys
+
+from salun_lightning.cli import console
 
 if __name__ == "__main__":
-    main()
+    sys.exit(console())

@@ -1,12 +1,15 @@
 """The command line: LightningCLI with one extra key, ``saliency:``, and the command ``compare``."""
 
+import os
 import sys
+import traceback
 import warnings
+from argparse import ArgumentError
 from pathlib import Path
 from typing import Any
 
 USAGE = """\
-usage: python train.py <command> [options]        (installed: salun-lightning <command> [options])
+usage: {program} <command> [options]
 
 commands:
   fit        train, retrain or unlearn one model
@@ -16,26 +19,40 @@ commands:
   compare    run methods x seeds against a paired retrained model, and report
 
 first steps:
-  python train.py compare --config configs/digits/compare.yaml
-  python train.py compare --config configs/digits/diffusion.yaml
-  python train.py fit --config configs/digits/original.yaml
+  {program} compare --config configs/digits/compare.yaml
+  {program} compare --config configs/digits/diffusion.yaml
+  {program} fit --config configs/digits/original.yaml
 
-options of a command:  python train.py <command> --help
-options of a class:    python train.py fit --model.help ImageClassifier"""
+options of a command:  {program} <command> --help
+options of a class:    {program} fit --model.help ImageClassifier
+an error in full:      {program} <command> --debug"""
+
+
+def program() -> str:
+    """What commands that are shown begin with: the form in which this process was called."""
+    script = Path(sys.argv[0])
+    if script.stem == "salun-lightning":
+        return "salun-lightning"
+    if script == Path(__file__).with_name("__main__.py"):
+        return "python -m salun_lightning"
+    return "python train.py"
 
 
 def main(args: list[str] | None = None) -> Any:
-    """Run one command.
+    """Run one command, for callers in Python. :func:`console` is for a shell.
 
     Args:
         args: Command-line arguments, without the name of the program; by default those of this process.
 
     Returns:
         The ``LightningCLI`` that ran, or what ``compare`` measured.
+
+    Raises:
+        ArgumentError: The arguments cannot be understood.
     """
     words = list(sys.argv[1:] if args is None else args)
     if not words or words[0] in {"-h", "--help"}:  # without the seconds that the imports below take
-        print(USAGE)
+        print(USAGE.format(program=program()))
         return None
     if words[0] == "compare":
         from salun_lightning.comparison.command import compare_command
@@ -50,6 +67,50 @@ def main(args: list[str] | None = None) -> Any:
     return UnlearningCLI(args=words)
 
 
-def program() -> str:
-    """How the command line was called, for commands that are shown to be run again."""
-    return "salun-lightning" if Path(sys.argv[0]).stem == "salun-lightning" else "python train.py"
+def console(args: list[str] | None = None) -> int:
+    """Run one command for a shell: an error is one sentence on stderr, and ``--debug`` shows where it was raised.
+
+    Modules in the working directory can be named, in whatever way the program was started.
+
+    Args:
+        args: Command-line arguments, without the name of the program; by default those of this process.
+
+    Returns:
+        The exit status: 0 if all went well, 2 for a command line that cannot be understood, 1 for any other error, and 128 plus
+        the signal's number for what a signal ended.
+    """
+    words = list(sys.argv[1:] if args is None else args)
+    if not {"", os.getcwd()} & set(sys.path):
+        sys.path.insert(0, os.getcwd())
+    status, told = 0, ""
+    try:
+        main([word for word in words if word != "--debug"])
+    except BaseException as error:
+        if "--debug" in words:
+            traceback.print_exc()
+        status, told = _ending(error, [word for word in words if word != "--debug"])
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    if told:
+        rank = os.environ.get("LOCAL_RANK", "0")
+        print(f"error{'' if rank == '0' else f' in process {rank}'}: {told}", file=sys.stderr)
+    return status
+
+
+def _ending(error: BaseException, words: list[str]) -> tuple[int, str]:
+    """The exit status, and what is said."""
+    again = " ".join(getattr(error, "__notes__", [])) or "It goes on with the same command."
+    if type(error).__name__ == "SIGTERMException":  # known by its name, because Lightning takes seconds to import
+        return 143, f"Stopped by SIGTERM. {again}"
+    if isinstance(error, KeyboardInterrupt) or (
+        isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt)  # Lightning makes this of Ctrl-C
+    ):
+        return 130, f"Stopped by Ctrl-C. {again}"
+    if isinstance(error, SystemExit):
+        return (error.code, "") if isinstance(error.code, int) else (int(error.code is not None), str(error.code or ""))
+    from salun_lightning.sentences import sentence
+
+    return 2 if isinstance(error, ArgumentError) else 1, sentence(error, words)

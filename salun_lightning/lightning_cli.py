@@ -1,32 +1,58 @@
 """LightningCLI for modules that forget."""
 
+import math
+import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
 import salun_lightning.data
 import salun_lightning.methods
 import salun_lightning.modules
 import salun_lightning.networks  # noqa: F401  # classes of imported modules can be named without their module
+from salun_lightning.cli import program
+from salun_lightning.methods import FineTune
 from salun_lightning.modules import ImageWriter, ProbabilityWriter
+from salun_lightning.modules.base import UnlearningModule
+from salun_lightning.run_folder import (
+    KeepMetrics,
+    RunLogger,
+    SaveConfig,
+    WholeCheckpointIO,
+    check_checkpoint_path,
+    set_other_run_aside,
+)
 from salun_lightning.saliency import SaliencyMasking
 
 
-class SaveConfig(SaveConfigCallback):
-    """Saves the configuration of each command under its own name, so that ``test`` does not overwrite that of ``fit``."""
+class RefuseAccidents(Callback):
+    """Refuses what can only be meant otherwise, before anything is trained."""
 
     @override
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self.config_filename = "config.yaml" if stage == "fit" else f"config_{TrainerFn(stage).value}.yaml"
-        super().setup(trainer, pl_module, stage)
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if isinstance(pl_module, UnlearningModule) and trainer.ckpt_path is None and pl_module.original is None:
+            method = type(pl_module.method)
+            if method is not FineTune:
+                raise MisconfigurationException(
+                    f"{method.__name__} would unlearn random weights, because there is no original model. Give its checkpoint"
+                    " with --model.original."
+                )
+        for optimizer in trainer.optimizers:
+            for group in optimizer.param_groups:
+                rate = float(group.get("lr", 0.0))
+                if not math.isfinite(rate) or rate < 0:
+                    raise MisconfigurationException(
+                        f"The learning rate is {rate}. Give a finite number that is not negative, such as 0.01."
+                    )
 
 
 class UnlearningCLI(LightningCLI):
@@ -42,17 +68,18 @@ class UnlearningCLI(LightningCLI):
     """
 
     def __init__(self, args: ArgsType = None, **kwargs: Any) -> None:
-        checkpoint = ModelCheckpoint(filename="last", enable_version_counter=False, save_on_train_epoch_end=True)
+        self._words = args if isinstance(args, list) else sys.argv[1:]
         super().__init__(
             LightningModule,
             LightningDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
             save_config_callback=SaveConfig,
-            save_config_kwargs={"overwrite": True},
-            trainer_defaults={"callbacks": [checkpoint, ProbabilityWriter(), ImageWriter()], "log_every_n_steps": 1},
+            save_config_kwargs={"save_to_log_dir": False},  # it saves into the run folder itself
+            trainer_defaults={"log_every_n_steps": 1},
             seed_everything_default=0,
             auto_configure_optimizers=False,
+            parser_kwargs={"exit_on_error": False},  # whoever called says what is wrong
             args=args,
             **kwargs,
         )
@@ -60,11 +87,46 @@ class UnlearningCLI(LightningCLI):
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         # LightningCLI warns of arguments of this process beside args; those belong to whoever calls main(args)
-        program, sys.argv = sys.argv, sys.argv if args is None else sys.argv[:1]
+        called, sys.argv = sys.argv, sys.argv if args is None else sys.argv[:1]
         try:
             super().parse_arguments(parser, args)
         finally:
-            sys.argv = program  # processes of the ddp strategy are started with it
+            sys.argv = called  # processes of the ddp strategy are started with it
+
+    @override
+    def _parse_ckpt_path(self) -> None:
+        """Check what is measured or resumed, before the seconds that all else takes.
+
+        Lightning would let the hyper-parameters in a checkpoint override the command line, and read the file once more for it.
+        """
+        command = self.config.get("subcommand")
+        if command is None:
+            return
+        options = self.config[command]
+        given, last = options.get("ckpt_path"), self._last_checkpoint(options)
+        if options.get("weights_only") is False:
+            raise ValueError("--weights_only false would execute what a file holds. Leave it out: that is never done here.")
+        if command != "fit" and given is None:
+            raise ValueError(
+                f"It is not said which model to {command}. Give --ckpt_path {last}, or --ckpt_path original for the model that"
+                " model.original names."
+            )
+        if given == "original":
+            if command == "fit":
+                raise ValueError("--ckpt_path resumes a run. What fit starts from is given with --model.original.")
+            if options.model.init_args.get("original", "its own weights") is None:
+                raise ValueError("There is no original model: give its checkpoint with --model.original, or with --ckpt_path.")
+            options.ckpt_path = None
+        elif given == "last" and command != "fit":
+            check_checkpoint_path(last)
+        elif given not in (None, "best", "last", "hpc") and not given.startswith("registry"):
+            if Path(given).is_dir() and options.trainer.strategy not in ("auto", "ddp"):
+                return  # sharded checkpoints are folders
+            check_checkpoint_path(given)
+
+    @staticmethod
+    def _last_checkpoint(options: Any) -> Path:
+        return Path(options.trainer.default_root_dir or ".") / "checkpoints" / "last.ckpt"
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -74,6 +136,28 @@ class UnlearningCLI(LightningCLI):
             default=None,
             help="Which weights may move: ratio or mask, score, freeze_buffers. Without it, all may.",
         )
+
+    @override
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        return {**super()._prepare_subcommand_kwargs(subcommand), "weights_only": True}
+
+    @override
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except (KeyboardInterrupt, SystemExit) as stop:
+            command, last = f"{program()} {shlex.join(self._words)}", self._last_checkpoint(self.config[subcommand])
+            if subcommand == "fit" and last.is_file():
+                command += f" --ckpt_path {shlex.quote(str(last))}"
+            stop.add_note(f"It goes on with: {command}")
+            raise
+
+    def before_fit(self) -> None:
+        """Lose no model that another configuration made."""
+        options = self.config["fit"]
+        if options.ckpt_path is None and not options.trainer.fast_dev_run and self.trainer.is_global_zero:
+            folder = Path(self.trainer.default_root_dir)
+            set_other_run_aside(folder, self._parser("fit").dump(options, skip_none=False))
 
     def after_fit(self) -> None:
         """Save what diffusers can load, where the module knows how and its weights are not sharded."""
@@ -93,11 +177,28 @@ class UnlearningCLI(LightningCLI):
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        trainer = self._get(self.config_init, "trainer")
-        folder = trainer.get("default_root_dir") or "."
-        if trainer.get("logger") is None:  # testing must not overwrite the metrics of training
-            kwargs["logger"] = CSVLogger(folder, name="", version="") if self.subcommand in (None, "fit") else False
-        saliency = self._get(self.config_init, "saliency")
-        if saliency is not None:
-            kwargs["callbacks"] = [*(trainer.get("callbacks") or []), saliency]
-        return super().instantiate_trainer(**kwargs)
+        options = self._get(self.config_init, "trainer")
+        folder = options.get("default_root_dir") or "."
+        if options.get("logger") is None:  # testing must not overwrite the metrics of training
+            kwargs["logger"] = RunLogger(folder) if self.subcommand in (None, "fit") else False
+        checkpoint = ModelCheckpoint(
+            dirpath=os.path.join(folder, "checkpoints"),  # whatever folder the logger has
+            filename="last",
+            enable_version_counter=False,
+            save_top_k=-1,  # so that none is removed: the new one takes the place of the old
+            save_on_train_epoch_end=True,
+        )
+        given, saliency = options.get("callbacks") or [], self._get(self.config_init, "saliency")
+        kwargs["callbacks"] = [
+            RefuseAccidents(),
+            KeepMetrics(),
+            *(given if isinstance(given, list) else [given]),
+            *([] if saliency is None else [saliency]),
+            checkpoint,
+            ProbabilityWriter(),
+            ImageWriter(),
+        ]
+        trainer = super().instantiate_trainer(**kwargs)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # neither the user's nor one of sharded weights
+            trainer.strategy.checkpoint_io = WholeCheckpointIO()
+        return trainer

@@ -35,7 +35,11 @@ def test_own_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
     quick = ["--trainer.max_epochs=1", "--trainer.enable_progress_bar=false", f"--trainer.default_root_dir={tmp_path}"]
     config = f"--config={ROOT}/configs/digits/random_label.yaml"
-    cli = main(["fit", config, "--model.method=my_module.Forgetful", "--model.original=null", *quick])
+    original = tmp_path / "original"
+    folder = f"--trainer.default_root_dir={original}"
+    main(["fit", f"--config={ROOT}/configs/digits/original.yaml", *quick, folder])
+    checkpoint = f"--model.original={original}/checkpoints/last.ckpt"
+    cli = main(["fit", config, "--model.method=my_module.Forgetful", checkpoint, *quick])
     assert type(cli.model.method).__name__ == "Forgetful"
     assert cli.datamodule.train_dataloader().sampler.order == "paired"
 

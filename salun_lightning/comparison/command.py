@@ -9,6 +9,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 import salun_lightning
+from salun_lightning.cli import program
 from salun_lightning.comparison.plan import Cell, Plan, Row
 from salun_lightning.comparison.plots import plot, plot_samples
 from salun_lightning.comparison.report import METRICS, Results, Table, average_gap, finite, markdown, summarise
@@ -168,7 +169,11 @@ def _versions() -> dict[str, str]:
 
 def compare_command(args: list[str]) -> dict[str, Any]:
     """Parse the options of ``compare`` and run it."""
-    parser = ArgumentParser(prog="train.py compare", description="Run methods x seeds against a paired retrained model.")
+    parser = ArgumentParser(
+        prog=f"{program()} compare",
+        description="Run methods x seeds against a paired retrained model.",
+        exit_on_error=False,  # whoever called says what is wrong
+    )
     parser.add_argument("-c", "--config", action="config", help="YAML file of the options below.")
     parser.add_function_arguments(compare)
     own, further = (args[: args.index("--")], args[args.index("--") + 1 :]) if "--" in args else (args, [])
