@@ -147,7 +147,7 @@ def _compared_images(results: Results) -> list[str]:
         lines.append(f"FID of {generated:.0f} generated images against {real:.0f} of the training set, features: {features}.")
         for count, distances in sorted(held_out.get(entry, {}).items()):
             lines.append(
-                f"Real test images in their place: FID {fmean(distances):.2f} ({count:.0f} images; fewer images make it larger)."
+                f"Real test images in their place: FID {fmean(distances):.2f} ({count:.0f} images; with fewer it grows)."
                 " It does not rank rows that are not above that."
             )
     return lines

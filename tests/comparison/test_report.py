@@ -238,7 +238,7 @@ def test_the_fid_of_real_test_images_stands_beside_that_of_the_rows() -> None:
     lines = caption(results)
     place = lines.index("FID of 900 generated images against 1300 of the training set, features: Judge.")
     assert lines[place + 1] == (
-        "Real test images in their place: FID 2.31 (323 images; fewer images make it larger). It does not rank rows that are"
+        "Real test images in their place: FID 2.31 (323 images; with fewer it grows). It does not rank rows that are"
         " not above that."
     )
     assert sum(line.startswith("Real test images") for line in lines) == 1
