@@ -1,7 +1,7 @@
 """Images a second while SalUn unlearns with ResNet-18, data and masking included; on a GPU where there is one.
 
 Counterpart: the plain loop of the released code: float32, contiguous memory, images transformed one by one in the same process,
-gradients times a mask of int64.
+gradients times a mask of int64. The same loop in bf16 with the channels last shows how much of the ratio is nothing else.
 """
 
 import time
@@ -104,15 +104,17 @@ class PILImages(Dataset):
         return self.transform(Image.fromarray(self.images[index])), self.targets[index]
 
 
-def naive(images: np.ndarray, targets: np.ndarray) -> float:
-    network = TorchvisionClassifier("resnet18", 10, cifar_stem=True).to(DEVICE)
+def naive(images: np.ndarray, targets: np.ndarray, bf16: bool = False) -> float:
+    layout = torch.channels_last if bf16 else torch.contiguous_format
+    network = TorchvisionClassifier("resnet18", 10, cifar_stem=True).to(DEVICE, memory_format=layout)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
     masks = {name: (torch.rand_like(weight) < 0.5).long() for name, weight in network.named_parameters()}
     loader = DataLoader(PILImages(images, targets), batch_size=BATCH, shuffle=True, num_workers=0, pin_memory=ON_GPU)
     clock = Clock()
     for inputs, classes in loader:
-        inputs, classes = inputs.to(DEVICE), classes.to(DEVICE)  # noqa: PLW2901
-        loss = functional.cross_entropy(network(inputs), classes)
+        inputs, classes = inputs.to(DEVICE, memory_format=layout), classes.to(DEVICE)  # noqa: PLW2901
+        with torch.autocast(DEVICE.type, dtype=torch.bfloat16, enabled=bf16):
+            loss = functional.cross_entropy(network(inputs), classes)
         optimizer.zero_grad()
         loss.backward()
         for name, weight in network.named_parameters():
@@ -130,8 +132,10 @@ def test_throughput() -> None:
     draw = np.random.RandomState(0)
     images = draw.randint(0, 256, (BATCH * STEPS, 32, 32, 3), dtype=np.uint8)
     targets = draw.randint(0, 10, BATCH * STEPS)
-    rounds = [(ours(images, targets), naive(images, targets)) for _ in range(repetitions(3))]
-    fast, slow = (median(rates) for rates in zip(*rounds, strict=True))
+    rounds = [(ours(images, targets), naive(images, targets), naive(images, targets, bf16=True)) for _ in range(repetitions(3))]
+    fast, slow, plain = (median(rates) for rates in zip(*rounds, strict=True))
     device = torch.cuda.get_device_name() if ON_GPU else "CPU"
-    report(f"unlearning, images/s on {device}", f"{fast:.0f}", f"{slow:.0f}", f"{fast / slow:.2f}x", ">= 2.5x on a CPU")
+    report(f"unlearning, images/s on {device}", f"{fast:.1f}", f"{slow:.1f}", f"{fast / slow:.2f}x", ">= 2.5x on a CPU")
+    report("of which bf16 and channels last", f"{plain:.1f}", f"{slow:.1f}", f"{plain / slow:.2f}x", "none")
+    report("beside that loop", f"{fast:.1f}", f"{plain:.1f}", f"{fast / plain:.2f}x", "none")
     assert fast / slow >= 2.5
