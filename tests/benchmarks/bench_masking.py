@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from measuring import repetitions, report
+from measuring import has_bf16, repetitions, report
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -69,6 +69,8 @@ def timed_step(
 @pytest.mark.benchmark
 @pytest.mark.parametrize("bf16", [False, True])
 def test_share_of_a_training_step(bf16: bool) -> None:
+    if bf16 and not has_bf16():
+        pytest.skip("The processor has no bf16 instructions.")
     torch.manual_seed(0)
     network = TorchvisionClassifier("resnet18", 10, cifar_stem=True).to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)

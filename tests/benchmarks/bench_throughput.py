@@ -2,8 +2,10 @@
 
 Counterpart: the plain loop of the released code: float32, contiguous memory, images transformed one by one in the same process,
 gradients times a mask of int64. The same loop in bf16 with the channels last shows how much of the ratio is nothing else.
+BENCHMARK_STEPS=5 makes a quick look on a CPU.
 """
 
+import os
 import time
 from statistics import median
 from typing import Any
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
-from measuring import repetitions, report
+from measuring import has_bf16, repetitions, report
 from PIL import Image
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
@@ -27,7 +29,7 @@ from salun_lightning.networks import TorchvisionClassifier
 from salun_lightning.saliency import SaliencyMasking
 
 ON_GPU = torch.cuda.is_available()
-BATCH, STEPS, WARM_UP = (256, 200, 20) if ON_GPU else (128, 10, 2)
+BATCH, STEPS, WARM_UP = (256, 200, 20) if ON_GPU else (128, int(os.environ.get("BENCHMARK_STEPS", "10")), 2)
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 
 
@@ -127,7 +129,7 @@ def naive(images: np.ndarray, targets: np.ndarray, bf16: bool = False) -> float:
 
 @pytest.mark.benchmark
 def test_throughput() -> None:
-    if not ON_GPU and not any(there for name, there in torch.cpu.get_capabilities().items() if "bf16" in name):
+    if not ON_GPU and not has_bf16():
         pytest.skip("The processor has no bf16 instructions, and there is no GPU.")
     draw = np.random.RandomState(0)
     images = draw.randint(0, 256, (BATCH * STEPS, 32, 32, 3), dtype=np.uint8)
