@@ -20,8 +20,8 @@ QUICK = ["--trainer.max_epochs=1", "--trainer.enable_progress_bar=false", "--tra
 CONTENT = {
     path.relative_to(CONFIGS): yaml.safe_load(path.read_text())
     for path in sorted(CONFIGS.rglob("*.yaml"))
-    if not {"diffusion", "stl10"} & set(path.relative_to(CONFIGS).parts) and not path.stem.startswith("diffusion")
-}  # the others are in test_cli_diffusion.py
+    if not {"diffusion", "stl10"} & set(path.relative_to(CONFIGS).parts) and not path.stem.startswith(("diffusion", "pilot"))
+}  # the others are in test_cli_diffusion.py and test_forgets.py
 FIT_CONFIGS = [path for path, content in CONTENT.items() if {"model", "trainer"} <= content.keys()]
 COMPARE_CONFIGS = [path for path, content in CONTENT.items() if "rows" in content]
 PARTS = [path for path, content in CONTENT.items() if content.keys() == {"class_path", "init_args"}]

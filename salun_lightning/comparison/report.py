@@ -176,17 +176,27 @@ def _caption(summary: Mapping[str, Any], results: Results, table: Table, first: 
 
 
 def _compared_images(results: Results) -> list[str]:
-    """How many images the FID of each row is of, which must be as many in all rows of a run."""
+    """How many images the FID of each row is of, which must be as many in all rows of a run, and that of real test images."""
     lines = []
     by_run: dict[Any, set[tuple[float, float, str]]] = {}
+    held_out: dict[tuple[float, float, str], dict[float, list[float]]] = {}
     for (_, run), result in results.items():
-        if result["metrics"].get("num_generated") is not None:
-            counts = result["metrics"]["num_generated"], result["metrics"]["num_real"]
-            by_run.setdefault(run, set()).add((*counts, result["features"]))
+        measured = result["metrics"]
+        if measured.get("num_generated") is not None:
+            entry = measured["num_generated"], measured["num_real"], result["features"]
+            by_run.setdefault(run, set()).add(entry)
+            if measured.get("FID_real") is not None:
+                held_out.setdefault(entry, {}).setdefault(measured["num_test"], []).append(measured["FID_real"])
     if any(len(entries) > 1 for entries in by_run.values()):
         lines.append("Rows were measured with different numbers of images or features: their FID cannot be compared.")
-    for generated, real, features in sorted({entry for counts in by_run.values() for entry in counts}):
+    for entry in sorted({entry for counts in by_run.values() for entry in counts}):
+        generated, real, features = entry
         lines.append(f"FID of {generated:.0f} generated images against {real:.0f} of the training set, features: {features}.")
+        for count, distances in sorted(held_out.get(entry, {}).items()):
+            lines.append(
+                f"Real test images in their place: FID {fmean(distances):.2f} ({count:.0f} images; with fewer it grows)."
+                " It does not rank rows that are not above that."
+            )
     return lines
 
 

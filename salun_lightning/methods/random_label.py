@@ -1,7 +1,7 @@
 """RL: train what is to be forgotten on wrong labels. With a saliency mask, this is SalUn."""
 
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from torch import Tensor
 from typing_extensions import override
@@ -17,22 +17,25 @@ class RandomLabel(Method):
     r"""RL: :math:`\min_\theta E_{D_f, y' \neq y} \ell(x, y') + E_{D_r} \ell(x, y)` (Fan et al., ICLR 2024, alpha = 1).
 
     A label is never the true one, and uniform over the others. It depends on the seed, the epoch and the sample alone, not on
-    batches, processes or where a run was resumed. As released, each epoch goes through the forget set first and then through
-    the retain set (order ``sequential``); with ``paired`` or ``mixed`` both are in one batch and count by their size.
+    batches, processes or where a run was resumed.
 
     Args:
         redraw: Draw new labels each epoch, as released for CIFAR-10; else once.
         seed: Seed of the labels; by default that of the run.
+        order: As released, each epoch goes through the forget set first and then through the retain set (``sequential``), which
+            may undo what came before. With ``paired`` or ``mixed`` both are in one batch and count by their size, as in the
+            formula.
 
     Raises:
         ValueError: There is only one class, so there is no wrong label.
     """
 
-    order: Order = "sequential"
-
-    def __init__(self, redraw: bool = True, seed: int | None = None) -> None:
+    def __init__(
+        self, redraw: bool = True, seed: int | None = None, order: Literal["sequential", "paired", "mixed"] = "sequential"
+    ) -> None:
         self.redraw = redraw
         self.seed = seed
+        self.order: Order = order
 
     @override
     def loss(self, module: Trainee, batch: Mapping[str, Samples]) -> Tensor:

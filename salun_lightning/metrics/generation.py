@@ -3,7 +3,7 @@
 import os
 import warnings
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -18,7 +18,7 @@ from salun_lightning.metrics.manifold import manifold_precision_recall
 from salun_lightning.networks.loading import load_weights, read_checkpoint
 
 _KID_SUBSET = 1000
-_STATES = ("real", "real_target", "generated", "retained", "target", "correct", "entropy")
+_STATES = ("real", "real_target", "held_out", "held_out_target", "generated", "retained", "target", "correct", "entropy")
 
 
 class GenerationQuality(Metric):
@@ -34,6 +34,8 @@ class GenerationQuality(Metric):
       classes (Heusel et al., NeurIPS 2017; Binkowski et al., ICLR 2018; Kynkäänniemi et al., NeurIPS 2019)
     - ``num_real``, ``num_generated``: how many images those compare, of the retained classes that images were asked of. They
       depend on these numbers and on the features: only figures that agree in both can be compared.
+    - ``FID_real``: where ``FID`` stops telling models apart, the FID of real images that no model was trained on, of the same
+      classes against the same images; ``num_test``: how many these are
 
     Args:
         classifier: Maps images (B, C, H, W) in [0, 1] to logits (B, classes); None leaves out what it measures.
@@ -105,7 +107,7 @@ class GenerationQuality(Metric):
         return f"{type(self._classifier[0]).__name__} before its last layer"
 
     @override
-    def update(self, images: Tensor, targets: Tensor, retained: Tensor, real: bool) -> None:
+    def update(self, images: Tensor, targets: Tensor, retained: Tensor, real: bool, held_out: bool = False) -> None:
         """Take a batch of images, after :meth:`start`.
 
         Args:
@@ -113,11 +115,13 @@ class GenerationQuality(Metric):
             targets: Their classes, or for generated images the classes they were asked for, int64 of shape (B,).
             retained: Which of those are retained, bool of shape (B,).
             real: Whether the images are real ones.
+            held_out: Whether these are of the test set: compared, too, instead of compared with.
         """
         logits, features = self._look(images[retained] if real else images)
         if real:
-            self.real.append(features)  # type: ignore[union-attr, operator]
-            self.real_target.append(targets[retained])  # type: ignore[union-attr, operator]
+            name = "held_out" if held_out else "real"
+            getattr(self, name).append(features)
+            getattr(self, f"{name}_target").append(targets[retained])
             return
         values = {"generated": features[retained], "retained": retained, "target": targets}
         if logits is not None:
@@ -156,7 +160,10 @@ class GenerationQuality(Metric):
             results |= self._recognised(values["correct"].double(), values["target"], values["retained"], values["entropy"])
         if "real" in values and "generated" in values:
             asked_for = values["target"][values["retained"]].unique()
-            results |= self._compared(values["real"][torch.isin(values["real_target"], asked_for)], values["generated"])
+            real = values["real"][torch.isin(values["real_target"], asked_for)]
+            results |= self._compared(real, values["generated"])
+            if "held_out" in values:
+                results |= _held_out(real, values["held_out"][torch.isin(values["held_out_target"], asked_for)])
         return {name: value.float().to(self.device) for name, value in results.items()}
 
     def _recognised(self, correct: Tensor, targets: Tensor, retained: Tensor, entropy: Tensor) -> dict[str, Tensor]:
@@ -178,19 +185,34 @@ class GenerationQuality(Metric):
             return results
         if not (real.isfinite().all() and generated.isfinite().all()):  # LAPACK would end the process
             return results | dict.fromkeys(("FID", "KID", "precision", "recall"), torch.tensor(torch.nan))
-        given = _Given(real.shape[1])
         with warnings.catch_warnings(), isolate_rng():
             warnings.filterwarnings("ignore", message=".*will save all extracted features")
             torch.manual_seed(0)  # of the subsets of KID
-            # these are the samples of all processes already
-            fid = FrechetInceptionDistance(given, sync_on_compute=False).to(real.device)
-            kid = KernelInceptionDistance(given, subset_size=min(_KID_SUBSET, fewest), sync_on_compute=False).to(real.device)
-            for metric in (fid, kid):
-                metric.update(real, real=True)
-                metric.update(generated, real=False)
-            results |= {"FID": fid.compute(), "KID": kid.compute()[0]}
+            kid = KernelInceptionDistance(_Given(real.shape[1]), subset_size=min(_KID_SUBSET, fewest), sync_on_compute=False)
+            results |= {"FID": _fid(real, generated), "KID": _distance(kid, real, generated)[0]}
         results["precision"], results["recall"] = manifold_precision_recall(real, generated, self.neighbours)
         return results
+
+
+def _held_out(real: Tensor, test: Tensor) -> dict[str, Tensor]:
+    results = {"num_test": torch.tensor(len(test))}
+    if min(len(real), len(test)) > 1:  # a covariance needs two
+        finite = bool(real.isfinite().all() and test.isfinite().all())
+        results["FID_real"] = _fid(real, test) if finite else torch.tensor(torch.nan)
+    return results
+
+
+def _fid(real: Tensor, others: Tensor) -> Tensor:
+    distance: Tensor = _distance(FrechetInceptionDistance(_Given(real.shape[1]), sync_on_compute=False), real, others)
+    return distance
+
+
+def _distance(metric: Metric, real: Tensor, others: Tensor) -> Any:
+    """Of features that are those of all processes already, so the metric must not gather them."""
+    metric = metric.to(real.device)
+    metric.update(real, real=True)
+    metric.update(others, real=False)
+    return metric.compute()
 
 
 class _Given(nn.Module):

@@ -317,8 +317,9 @@ class ClassDiffusion(UnlearningModule):
         else:
             output = self.generated(batch)
             images = output["image"].float() / 255  # what a file of it would hold
-        if self.quality is not None and name in ("retain", "generated"):
-            self.quality.update(images, batch.targets, torch.isin(batch.targets, self.retained_classes), real)
+        if self.quality is not None and name in ("retain", "test", "generated"):
+            retained = torch.isin(batch.targets, self.retained_classes)
+            self.quality.update(images, batch.targets, retained, real, held_out=name == "test")
         return output
 
     @override

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from statistics import median
 from typing import Any
 
+import torch
+
 
 def repetitions(usual: int) -> int:
     return int(os.environ.get("BENCHMARK_REPETITIONS", usual))
@@ -21,6 +23,11 @@ def medians(usual: int, *works: Callable[[], Any]) -> list[float]:
     """Median seconds of each piece of work, done in turns: a slow spell of the machine then falls on all of them."""
     rounds = [[seconds(work) for work in works] for _ in range(repetitions(usual))]
     return [median(times) for times in zip(*rounds, strict=True)]
+
+
+def has_bf16() -> bool:
+    """Whether the processor computes in bf16; else torch emulates it, many times slower."""
+    return any(there for name, there in torch.cpu.get_capabilities().items() if "bf16" in name)
 
 
 def report(name: str, ours: str, naive: str, ratio: str, target: str) -> None:

@@ -234,6 +234,19 @@ def test_cases_may_differ_in_their_images() -> None:
     ]
 
 
+def test_the_fid_of_real_test_images_stands_beside_that_of_the_rows() -> None:
+    results = generators((900, 1300, "Judge"), (900, 1300, "Judge"))
+    for result in results.values():
+        result["metrics"] |= {"FID_real": 2.3141, "num_test": 323.0}
+    lines = caption(results)
+    place = lines.index("FID of 900 generated images against 1300 of the training set, features: Judge.")
+    assert lines[place + 1] == (
+        "Real test images in their place: FID 2.31 (323 images; with fewer it grows). It does not rank rows that are"
+        " not above that."
+    )
+    assert sum(line.startswith("Real test images") for line in lines) == 1
+
+
 def test_classifiers_have_no_line_on_images(results: Any) -> None:
     table = markdown(summarise(results, TABLE), results, TABLE)
     assert "FID" not in table

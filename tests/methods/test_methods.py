@@ -92,6 +92,7 @@ def test_a_step_of_gradient_ascent_raises_the_loss() -> None:
     [
         (FineTune(), "retain"),
         (FineTune(order="all"), "all"),
+        (RandomLabel(order="mixed"), "mixed"),
         (GradientAscent(), "forget"),
         (NegGradPlus(), "paired"),
         (RandomLabel(), "sequential"),

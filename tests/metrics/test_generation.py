@@ -168,6 +168,30 @@ def test_distances_are_those_of_the_papers(shift: float) -> None:
     assert (results["num_real"], results["num_generated"]) == (60, 60)
 
 
+def test_real_test_images_are_measured_beside_the_generated_ones() -> None:
+    real, test, generated = images(60, 0), images(40, 1, 0.1), images(50, 2, 0.3)
+    classes = torch.arange(40) % 3  # dogs are forgotten; no owl is asked for
+    quality = GenerationQuality(features=nn.Flatten())
+    alone = compare(real, generated, quality)
+    assert not {"FID_real", "num_test"} & alone.keys()
+    for part in torch.arange(40).split(9):
+        quality.update(test[part], classes[part], classes[part] != 1, real=True, held_out=True)
+    results = measured(quality)
+    cats = test[classes == 0]
+    assert results["FID_real"] == pytest.approx(frechet(real, cats), rel=1e-3)
+    assert results["num_test"] == len(cats) == 14
+    assert {name: results[name] for name in alone} == alone
+
+
+def test_a_single_real_test_image_has_no_distance() -> None:
+    quality = GenerationQuality(features=nn.Flatten())
+    compare(images(9, 0), images(9, 1), quality)
+    quality.update(images(1, 2), torch.zeros(1, dtype=torch.int64), torch.ones(1, dtype=torch.bool), real=True, held_out=True)
+    results = measured(quality)
+    assert results["num_test"] == 1
+    assert "FID_real" not in results
+
+
 def test_unequal_numbers_of_images() -> None:
     real, generated = images(90, 0), images(40, 1, 0.2)
     results = compare(real, generated, GenerationQuality(features=nn.Flatten(), neighbours=2))

@@ -467,9 +467,9 @@ def test_quality_is_reported_of_the_images_that_are_requested(tmp_path: Path) ->
     module = diffusion(quality=judge())
     metrics = measured(module, tmp_path, generated_per_class=8)
     quality = {name: value for name, value in metrics.items() if not name.startswith("test/")}
-    compared = {"FID", "KID", "precision", "recall", "num_real", "num_generated"}
+    compared = {"FID", "KID", "precision", "recall", "num_real", "num_generated", "FID_real", "num_test"}
     assert quality.keys() == {"UA", "entropy", "acc", "acc/0", "acc/1", "acc/2"} | compared
-    assert (quality["num_real"], quality["num_generated"]) == (20, 16)
+    assert (quality["num_real"], quality["num_generated"], quality["num_test"]) == (20, 16, 8)
     targets, numbers = torch.arange(3).repeat_interleave(8), torch.arange(8).repeat(3)
     drawn_images = (255 * module.sample(targets, numbers)).round() / 255
     with torch.no_grad():

@@ -1,0 +1,90 @@
+"""Each configuration of the digits that is meant to forget a class does, and keeps the others; how its rate was chosen."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from jsonargparse.typing import Path_fr
+
+from salun_lightning import ForgetClasses, ForgetRandom
+from salun_lightning.cli import main
+from salun_lightning.comparison.plan import Plan, Row
+from salun_lightning.lightning_cli import UnlearningCLI
+
+DIGITS = Path(__file__).parents[1] / "configs" / "digits"
+CLASS = f"--data={DIGITS}/one_class.yaml"
+QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.limit_val_batches=0"]
+FORGETTING = ["gradient_ascent", "random_label", "salun", "neg_grad_plus"]
+CLASSES = 10
+
+
+def measured(name: str, folder: Path, *arguments: str) -> dict[str, float]:
+    """UA, RA, TA and MIA of a configuration as it is shipped, with the digit 3 to be forgotten."""
+    cli = main(["fit", f"--config={DIGITS}/{name}.yaml", CLASS, f"--trainer.default_root_dir={folder}", *QUIET, *arguments])
+    return {name: value for part in cli.trainer.test(cli.model, cli.datamodule, verbose=False) for name, value in part.items()}
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The original model, which recognises every 3."""
+    folder = tmp_path_factory.mktemp("original")
+    assert measured("original", folder)["UA"] < 1
+    return folder / "checkpoints" / "last.ckpt"
+
+
+@pytest.fixture(scope="module")
+def retrained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
+    """What the retrained model measures. It begins with weights of its own."""
+    metrics = measured("retrain", tmp_path_factory.mktemp("retrain"), "--seed_everything=1000")
+    assert metrics["UA"] == 100
+    return metrics
+
+
+@pytest.mark.parametrize("name", FORGETTING)
+def test_a_class_is_forgotten_and_the_others_are_not(
+    name: str, original: Path, retrained: dict[str, float], tmp_path: Path
+) -> None:
+    metrics = measured(name, tmp_path, f"--model.original={original}")
+    assert metrics["UA"] > 90
+    assert metrics["RA"] > retrained["RA"] - 100 / (CLASSES - 1)  # less is lost than one more class
+
+
+def test_fine_tuning_leaves_the_class_where_it_is(original: Path, retrained: dict[str, float], tmp_path: Path) -> None:
+    """FT never meets the class again: at a rate that harms nothing else it forgets little of it."""
+    metrics = measured("finetune", tmp_path, f"--model.original={original}")
+    assert metrics["UA"] < 50
+    assert metrics["RA"] > retrained["RA"] - 1
+
+
+def shipped(name: str) -> dict[str, Any]:
+    settings: dict[str, Any] = yaml.safe_load((DIGITS / f"{name}.yaml").read_text())
+    return settings
+
+
+RATE = "model.optimizer.init_args.lr"
+
+
+@pytest.mark.parametrize("name", [*FORGETTING, "finetune"])
+def test_the_rate_lies_within_the_grid_it_was_chosen_from(name: str) -> None:
+    rows = [row for row in shipped("pilot")["rows"].values() if row["config"] == f"{name}.yaml"]
+    grid = [row["options"][RATE] for row in rows if row["options"].keys() == {RATE}]
+    assert grid == sorted(grid)
+    assert shipped(name)["model"]["init_args"]["optimizer"]["init_args"]["lr"] in grid[1:-1]
+
+
+def test_the_pilot_tries_each_rate_on_both_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    pilot = shipped("pilot")
+    assert not {*pilot["seeds"]} & {seed for name in ("compare", "compare_class") for seed in shipped(name)["seeds"]}
+    monkeypatch.chdir(DIGITS.parents[1])  # the file names others from the root of the repository
+    rows = {name: Row(Path_fr(str(DIGITS / row["config"])), row.get("options", {})) for name, row in pilot["rows"].items()}
+    rates = {name: row.options[RATE] for name, row in rows.items() if RATE in row.options}
+    assert all(float(name.split()[-1]) == rate for name, rate in rates.items())
+    assert {name.rpartition(" ")[0] for name in rates} >= {"FT", "GA", "RL", "SalUn", "NegGrad+"}
+    plan = Plan(Path("out"), pilot["options"])
+    plan.add({name: rows[name] for name in ("original", "SalUn 0.01", "SalUn forget first 0.01")}, [100], pilot["cases"])
+    for cell, request in zip(plan.cells[2:], [ForgetRandom, ForgetClasses] * 2, strict=True):
+        cli = UnlearningCLI(args=list(cell.arguments), run=False)
+        assert isinstance(cli.datamodule.forget, request)
+        assert cli.model.configure_optimizers().param_groups[0]["lr"] == 0.01
+        assert cli.model.order == ("sequential" if "first" in cell.row else "mixed")
