@@ -72,7 +72,7 @@ CASES = [
     ("predict what", ["predict", SALUN], "It is not said which model to predict"),
     ("no original", ["test", ORIGINAL, "--ckpt_path=original"], "There is no original model"),
     ("no last", ["test", ORIGINAL, "--ckpt_path=last"], "There is no checkpoint at "),
-    ("few outputs", ["fit", ORIGINAL, "--model.network.num_classes=3"], "The network has no output for class"),
+    ("few outputs", ["fit", ORIGINAL, "--model.network.num_classes=3"], "The network has 3 outputs, but the data has 10 classes"),
     ("channels", ["fit", ORIGINAL, "--model.network.in_channels=3"], "The network takes images of 3 channels"),
     ("row", ["compare", COMPARE, "--only=foo"], "There is no row 'foo'"),
     ("seeds", ["compare", COMPARE, "--seeds=abc"], "--seeds takes a whole number or a list, not 'abc'"),

@@ -137,7 +137,7 @@ def _parser() -> ArgumentParser:
         def instantiate_classes(self) -> None:
             """Nothing is to be made."""
 
-    return ParserOnly(run=False, parser_kwargs={"exit_on_error": False}).parser
+    return ParserOnly(run=False).parser
 
 
 def _leaves(node: Any, name: str = "") -> Iterator[tuple[str, Any]]:

@@ -71,8 +71,10 @@ def test_any_method_is_tested(tmp_path: Path) -> None:
 def configured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of a run from the command line."""
     folder = tmp_path_factory.mktemp("configured")
+    torch.save(SmallResNet(10, width=4, stages=1).state_dict(), folder / "original.pt")
     words = [
         "--model=ImageClassifier",
+        f"--model.original={folder}/original.pt",
         "--model.network=SmallResNet",
         "--model.network.num_classes=10",
         "--model.network.width=4",
