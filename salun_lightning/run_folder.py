@@ -114,7 +114,11 @@ class RunLogger(CSVLogger):
 class _Rows(ExperimentWriter):
     @override
     def _check_log_dir_exists(self) -> None:
-        """Keep the earlier rows: Lightning would delete them here, before it knows whether the run goes on."""
+        """Keep the earlier rows and their columns: Lightning would delete them here, before it knows whether the run goes on."""
+        path = Path(self.metrics_file_path)
+        if path.is_file():
+            with path.open(newline="", encoding="utf-8") as file:
+                self.metrics_keys = list(csv.DictReader(file).fieldnames or [])
 
     def keep(self, first_step: int) -> None:
         """Drop the rows from this step on, which is where the run starts."""
@@ -125,8 +129,8 @@ class _Rows(ExperimentWriter):
             rows = [row for row in csv.DictReader(file) if _step(row) < first_step]
         if not rows:
             path.unlink()
+            self.metrics_keys = []
             return
-        self.metrics_keys = list(rows[0])
         with whole(path) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self.metrics_keys)
             writer.writeheader()

@@ -177,7 +177,8 @@ def test_test_and_predict(original: Path, judge: Path, tmp_path: Path, capsys: p
 def test_schedulers_from_the_command_line(scheduler: str, original: Path, tmp_path: Path) -> None:
     config = f"--config={CONFIGS}/digits/diffusion/original.yaml"
     wanted = ["--data.generated_per_class=1", "--model.sampling.steps=2", f"--model.sampling.scheduler=diffusers.{scheduler}"]
-    cli = main(["predict", config, f"--trainer.default_root_dir={tmp_path}", *wanted, *QUIET])
+    model = f"--ckpt_path={original}/checkpoints/last.ckpt"
+    cli = main(["predict", config, model, f"--trainer.default_root_dir={tmp_path}", *wanted, *QUIET])
     assert type(cli.model.scheduler).__name__ == scheduler
     assert cli.model.scheduler.config.beta_schedule == "squaredcos_cap_v2"
     assert len(list((tmp_path / "images").glob("*/*.png"))) == 10

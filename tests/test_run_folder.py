@@ -52,6 +52,13 @@ def test_a_resumed_run_keeps_its_metrics(folder: Path) -> None:
     assert rows(folder) == ["1", "3", "5"]
 
 
+def test_a_finished_run_that_is_resumed_keeps_its_metrics(folder: Path) -> None:
+    """Nothing is left to train, so the run does not start; validation alone would bring other columns."""
+    before = (folder / "metrics.csv").read_text()
+    fit(folder, f"--ckpt_path={folder}/checkpoints/last.ckpt", epochs=2)
+    assert (folder / "metrics.csv").read_text().startswith(before)
+
+
 def test_checkpoints_and_configuration_lie_in_the_run_folder_whatever_the_logger(tmp_path: Path) -> None:
     fit(tmp_path, "--trainer.logger=lightning.pytorch.loggers.CSVLogger", f"--trainer.logger.save_dir={tmp_path}/elsewhere")
     assert (tmp_path / "checkpoints" / "last.ckpt").is_file()

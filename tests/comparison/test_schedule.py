@@ -124,6 +124,7 @@ def test_where_everything_fails_the_table_stays(config: Path, monkeypatch: pytes
     assert table.read_text() == "the table of before"
 
 
+@pytest.mark.filterwarnings("ignore:The loss was NaN or infinite:UserWarning")
 def test_a_run_that_diverged_is_marked(config: Path) -> None:
     with_options(config, "FT", **{"model.optimizer.init_args.lr": 1e30})
     report = compare(config, "--only=[Retrain, FT]")
