@@ -38,6 +38,12 @@ class RefuseAccidents(Callback):
     """Refuses what can only be meant otherwise, before anything is trained."""
 
     @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        for name in ("accumulate_grad_batches", "check_val_every_n_epoch"):
+            if getattr(trainer, name) == 0:
+                raise MisconfigurationException(f"--trainer.{name} must be 1 or more, got 0.")
+
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if isinstance(pl_module, UnlearningModule) and trainer.ckpt_path is None and pl_module.original is None:
             method = type(pl_module.method)

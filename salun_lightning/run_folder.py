@@ -114,7 +114,7 @@ class RunLogger(CSVLogger):
 class _Rows(ExperimentWriter):
     @override
     def _check_log_dir_exists(self) -> None:
-        """Keep the earlier rows and their columns: Lightning would delete them here, before it knows whether the run goes on."""
+        """Keep the earlier rows and columns: Lightning would delete them here, before it knows whether the run goes on."""
         path = Path(self.metrics_file_path)
         if path.is_file():
             with path.open(newline="", encoding="utf-8") as file:

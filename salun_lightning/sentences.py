@@ -107,6 +107,10 @@ def _unframed(text: str, command: str) -> str:
         return _reason(others[0], option, value, classes, command)
     if any("dot import path" in line for line in reasons) and not re.search(r"class '(int|float)'", " ".join(reasons)):
         return f"--{option}: there is neither a class nor a file called '{value or reasons[0].rpartition(' ')[2]}'."
+    if value == "None" and "NestedArg" in text:  # the parser makes a text of it
+        whole, _, name = option.rpartition(".")
+        form = f"'{{class_path: ..., init_args: {{{name}: null, ...}}}}'"
+        return f"--{option} cannot be null by itself. Give all of it: --{whole} {form}."
     return f"--{option} takes {_expected(text)}, not '{value}'."
 
 

@@ -8,10 +8,10 @@ import pytest
 
 import salun_lightning.lightning_cli  # noqa: F401  # Lightning's logger keeps the stderr of its first import
 from salun_lightning.cli import console
+from tests.bad_input_more import CASES as MORE
+from tests.bad_input_more import COMPARE, ORIGINAL, SALUN, write_files
 
 ROOT = Path(__file__).parents[1]
-SALUN, COMPARE = "--config=configs/digits/salun.yaml", "--config=configs/digits/compare.yaml"
-ORIGINAL = "--config=configs/digits/original.yaml"
 FILES = {"empty.yaml": "", "list.yaml": "- 1\n", "syntax.yaml": "a: 1\nb: [1,\nc: }", "junk.ckpt": "junk"}
 FILES |= {"no_class.yaml": "model: {init_args: {channels_last: true}}\n"}
 FILES |= {"nan.yaml": "model: {init_args: {optimizer: {init_args: {lr: .nan}}}}\n"}
@@ -72,7 +72,11 @@ CASES = [
     ("predict what", ["predict", SALUN], "It is not said which model to predict"),
     ("no original", ["test", ORIGINAL, "--ckpt_path=original"], "There is no original model"),
     ("no last", ["test", ORIGINAL, "--ckpt_path=last"], "There is no checkpoint at "),
-    ("few outputs", ["fit", ORIGINAL, "--model.network.num_classes=3"], "The network has 3 outputs, but the data has 10 classes"),
+    (
+        "few outputs",
+        ["fit", ORIGINAL, "--model.network.num_classes=3"],
+        "The network has 3 outputs, but the data has 10 classes",
+    ),
     ("channels", ["fit", ORIGINAL, "--model.network.in_channels=3"], "The network takes images of 3 channels"),
     ("row", ["compare", COMPARE, "--only=foo"], "There is no row 'foo'"),
     ("seeds", ["compare", COMPARE, "--seeds=abc"], "--seeds takes a whole number or a list, not 'abc'"),
@@ -81,16 +85,25 @@ CASES = [
 ]
 
 
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("files")
+    for name, text in FILES.items():
+        (folder / name).write_text(text)
+    write_files(folder)
+    return folder
+
+
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+def run(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str]]:
     """Run a command line as a shell does; the exit status, and what stands on stderr."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    for name, text in FILES.items():
-        (tmp_path / name).write_text(text)
 
     def run(arguments: list[str]) -> tuple[int, str]:
-        words = [word.replace("{files}", str(tmp_path)) for word in arguments]
+        words = [word.replace("{files}", str(files)) for word in arguments]
         if words[0] in {"fit", "test"} and len(words) > 1 and words[1].startswith("--config=configs/digits/"):
             words[2:2] = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
             words[2:2] = [f"--trainer.default_root_dir={tmp_path}/run", "--trainer.max_epochs=1"]
@@ -99,7 +112,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     return run
 
 
-@pytest.mark.parametrize(("arguments", "said"), [pytest.param(*case[1:], id=case[0]) for case in CASES])
+@pytest.mark.parametrize(("arguments", "said"), [pytest.param(*case[1:], id=case[0]) for case in CASES + MORE])
 def test_bad_input_gets_one_sentence(arguments: list[str], said: str, run: Callable[..., tuple[int, str]]) -> None:
     status, shown = run(arguments)
     last = shown.strip().splitlines()[-1]
@@ -107,6 +120,11 @@ def test_bad_input_gets_one_sentence(arguments: list[str], said: str, run: Calla
     assert last.startswith("error: ")
     assert said in last
     assert "Traceback" not in shown
+
+
+def test_there_are_as_many_cases_as_promised_each_once(files: Path) -> None:
+    assert len({case[0] for case in CASES + MORE}) == len(CASES + MORE) >= 200
+    assert not (files / "harm").exists()
 
 
 def test_debug_shows_where(run: Callable[..., tuple[int, str]]) -> None:

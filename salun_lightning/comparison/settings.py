@@ -14,6 +14,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 import salun_lightning
 from salun_lightning.files import read_json, write_json
+from salun_lightning.sentences import sentence
 
 Settings = dict[str, Any]
 """Plain values by dotted name; paths are text."""
@@ -115,7 +116,7 @@ def _parsed(arguments: Sequence[str]) -> tuple[Settings, list[str]]:
     try:
         parsed = _parser().parse_args(list(arguments))
     except Exception as error:  # whatever a class that is named raises
-        raise ValueError(f"The arguments of 'fit' are not accepted: {str(error).strip()}") from error
+        raise ValueError(f"The arguments of 'fit' are not accepted: {sentence(error, ['fit', *arguments])}") from error
     files = {str(path.absolute) for path in parsed.pop("config") or []}
     settings: Settings = {}
     for name, leaf in _leaves(parsed):

@@ -96,8 +96,11 @@ class ForgetRetainDataModule(LightningDataModule):
             raise ValueError(f"val_fraction must be at least 0 and below 1, got {val_fraction}.")
         if batch_size < 1:
             raise ValueError(f"batch_size must be positive, got {batch_size}.")
-        if generated_per_class < 0:
-            raise ValueError(f"generated_per_class must not be negative, got {generated_per_class}.")
+        if not 0 <= split_seed < 2**32:
+            raise ValueError(f"split_seed must be a whole number from 0 to 2^32 - 1, got {split_seed}.")
+        for name, number in (("num_workers", num_workers), ("generated_per_class", generated_per_class)):
+            if number < 0:
+                raise ValueError(f"{name} must not be negative, got {number}.")
         self.forget = forget
         self.given = Sources(train, test, class_names)
         self.targets = targets
@@ -121,6 +124,8 @@ class ForgetRetainDataModule(LightningDataModule):
 
     @override
     def setup(self, stage: str | None = None) -> None:
+        if self.trainer is not None and self.trainer.overfit_batches:  # type: ignore[attr-defined]
+            raise MisconfigurationException("overfit_batches replaces the order of the batches. Use limit_train_batches.")
         if self._ready:
             return
         train, test, class_names = self.load()
@@ -218,10 +223,6 @@ class ForgetRetainDataModule(LightningDataModule):
 
     @override
     def train_dataloader(self) -> DataLoader[Any]:
-        if self.trainer is not None and self.trainer.overfit_batches:  # type: ignore[attr-defined]
-            raise MisconfigurationException(
-                "overfit_batches replaces the order of the batches, which a forget request needs. Use limit_train_batches."
-            )
         order = self._training_order()
         marked = torch.zeros(len(self._train_targets), dtype=torch.bool)
         if order != "all":

@@ -33,14 +33,16 @@ class ImageFolderDataModule(ForgetRetainDataModule):
         **kwargs: See ``ForgetRetainDataModule``.
 
     Raises:
-        ValueError: ``root`` holds no ``train`` folder, the classes of the two folders differ, one is empty, or an image cannot
-            be read.
+        ValueError: ``image_size`` is not positive, ``root`` holds no ``train`` folder, the classes of the two folders differ,
+            one is empty, or an image cannot be read.
     """
 
     def __init__(
         self, root: str | Path, image_size: int = 224, in_memory: bool = False, check_images: bool = True, **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
+        if image_size < 1:
+            raise ValueError(f"image_size must be positive, got {image_size}.")
         self.root = Path(root)
         self.image_size = image_size
         self.in_memory = in_memory

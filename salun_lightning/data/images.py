@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 
 def eight_bits(image: Image.Image) -> Image.Image:
@@ -73,6 +73,8 @@ def _fault(path: str) -> str:
             if kind != "JPEG" or file.read() != b"\xff\xd9":
                 with Image.open(path) as image:
                     eight_bits(image).load()
+    except UnidentifiedImageError:
+        return "it is not an image"
     except Exception as error:  # PIL has many kinds
         return str(error)
     return ""

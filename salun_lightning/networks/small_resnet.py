@@ -23,6 +23,9 @@ class SmallResNet(nn.Module):
         mean: Mean of each channel of images in [0, 1].
         std: Standard deviation of each channel.
 
+    Raises:
+        ValueError: A size is not positive.
+
     Example:
         >>> import torch
         >>> SmallResNet(num_classes=10)(torch.zeros(4, 1, 8, 8)).shape
@@ -40,6 +43,10 @@ class SmallResNet(nn.Module):
         std: Sequence[float] = (0.5,),
     ) -> None:
         super().__init__()
+        sizes = {"num_classes": num_classes, "in_channels": in_channels, "width": width, "stages": stages, "blocks": blocks}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name} must be positive, got {size}.")
         self.normalize = Normalize(mean, std)
         self.stem = nn.Sequential(_convolution(in_channels, width), nn.BatchNorm2d(width), nn.ReLU())
         layers: list[nn.Module] = []

@@ -64,7 +64,7 @@ def renamed(names: Iterable[str], wanted: Iterable[str]) -> dict[str, str]:
     as_they_are = {name: name for name in names}
     if not names or wanted.issuperset(names):
         return as_they_are
-    ways = [_other_prefix(names, *prefixes) for prefixes in {_prefixes(names[0], other) for other in wanted}]
+    ways = [_other_prefix(names, *prefixes) for prefixes in {_prefixes(names[0], other) for other in wanted} if prefixes]
     fitting = sorted((way for way in ways if way and wanted.issuperset(way.values())), key=lambda way: way[names[0]])
     if len(fitting) > 1:
         raise ValueError(
@@ -74,11 +74,14 @@ def renamed(names: Iterable[str], wanted: Iterable[str]) -> dict[str, str]:
     return fitting[0] if fitting else as_they_are
 
 
-def _prefixes(name: str, other: str) -> tuple[str, str]:
-    """What is left in front of two names, once the parts that both end with are taken away."""
+def _prefixes(name: str, other: str) -> tuple[str, str] | tuple[()]:
+    """What is left in front of two names, without the parts that both end with; nothing if they share too little."""
     ours, theirs = name.split("."), other.split(".")
+    count = len(ours)
     while ours and theirs and ours[-1] == theirs[-1]:
         del ours[-1], theirs[-1]
+    if ours and theirs and count - len(ours) < 2:
+        return ()  # that both are called "weight" says nothing
     return "".join(f"{part}." for part in ours), "".join(f"{part}." for part in theirs)
 
 

@@ -261,7 +261,7 @@ def test_overfit_batches_is_refused() -> None:
     datamodule = small_datamodule()
     datamodule.trainer = Trainer(logger=False, enable_checkpointing=False, accelerator="cpu", overfit_batches=2)
     with pytest.raises(MisconfigurationException, match="Use limit_train_batches"):
-        datamodule.train_dataloader()
+        datamodule.setup("fit")
 
 
 def test_datasets_from_a_configuration() -> None:
