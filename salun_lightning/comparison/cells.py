@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from salun_lightning.comparison.observers import Evidence, Passes
 from salun_lightning.comparison.plan import Cell
@@ -29,6 +30,8 @@ def run(cell: Cell) -> dict[str, Any]:
     if cell.trained is None:
         tested = str(cell.checkpoint) if cell.checkpoint.is_file() else None
         cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=tested, weights_only=True)
+        if cli.trainer.received_sigterm:  # in its last batch, which the loop ends with; the test below would forget it
+            raise SIGTERMException
         cost = {"seconds": timer.time_elapsed("train"), "passes": passes.number}
     else:
         of_trained = cell.trained.result or {}
