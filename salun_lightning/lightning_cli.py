@@ -39,9 +39,13 @@ class RefuseAccidents(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        for name in ("accumulate_grad_batches", "check_val_every_n_epoch"):
+        for name in ("accumulate_grad_batches", "val_check_interval", "check_val_every_n_epoch"):
             if getattr(trainer, name) == 0:
-                raise MisconfigurationException(f"--trainer.{name} must be 1 or more, got 0.")
+                raise MisconfigurationException(f"--trainer.{name} must be positive, got 0.")
+        if (trainer.gradient_clip_val or 0) < 0:
+            raise MisconfigurationException(
+                f"--trainer.gradient_clip_val must not be negative, got {trainer.gradient_clip_val}."
+            )
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -21,6 +21,7 @@ _FRAME = (  # what the parser puts around the line that matters
 )
 _ADVICE = "See `{command} --help`."
 _KNOWN: list[tuple[str, str]] = [  # sentences of the parser, of torch and of Lightning, and what they mean for a user
+    (r"^Subcommand '.*' does not accept option '(.*)'", "There is no option --{0}. " + _ADVICE),
     (r"unrecognized arguments: (.*)", "There is no option {0}. " + _ADVICE),
     (r"argument subcommand: invalid choice: '(.*?)'", "There is no command '{0}'. See `{program} --help`."),
     (r"argument (?:-c/)?--(\S+): expected one argument", "--{0} needs a value."),

@@ -50,6 +50,7 @@ def write_files(folder: Path) -> None:
         "plus.txt": "+5\n",
         "huge.txt": "9" * 20,
         "none.txt": "",
+        "trainer.yaml": "trainer: {max_epoch: 3}\n",
         "top.yaml": "modell: 1\n",
         "mask.yaml": "saliency: {ratio: .nan}\n",
     }
@@ -230,6 +231,9 @@ CASES = [
     ("accumulate 0", data("--trainer.accumulate_grad_batches=0"), "accumulate"),
     ("accumulate text", data("--trainer.accumulate_grad_batches=x"), "'x'"),
     ("clip algorithm", data("--trainer.gradient_clip_val=1", "--trainer.gradient_clip_algorithm=max"), "max"),
+    ("val steps", data("--trainer.val_check_interval=0"), "--trainer.val_check_interval must be positive, got 0"),
+    ("clip negative", data("--trainer.gradient_clip_val=-1"), "--trainer.gradient_clip_val must not be negative"),
+    ("trainer key", data("--config={files}/trainer.yaml"), "There is no option --trainer.max_epoch"),
     ("val interval", data("--trainer.check_val_every_n_epoch=0"), "check_val_every_n_epoch"),
     ("limit", data("--trainer.limit_train_batches=1.5"), "limit_train_batches"),
     ("nodes", data("--trainer.num_nodes=0"), "num_nodes"),
