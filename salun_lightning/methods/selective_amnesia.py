@@ -11,7 +11,7 @@ from typing_extensions import override
 from salun_lightning.data import Order, Samples
 from salun_lightning.methods.base import Denoiser, Method, Trainee
 from salun_lightning.saliency import saliency_scores
-from salun_lightning.saliency.weights import plain_name
+from salun_lightning.weights import plain_name
 
 _BATCH = 256
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from salun_lightning.networks.pipeline import check_architecture, read_pipeline
-from salun_lightning.saliency.weights import plain_name
+from salun_lightning.weights import plain_name, renamings
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -110,13 +110,18 @@ def load_weights(network: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     given, wanted = weights_in(checkpoint), {plain_name(name): name for name in own}
     if len(wanted) < len(own):
         raise ValueError(_TWICE)
-    source = _matched(given, list(wanted))
-    if source is None:
+    ways = renamings(wanted, given)
+    if len(ways) > 1:
+        first = next(iter(wanted))
+        under = ", ".join(way[first].removesuffix(first) for way in ways)
+        raise ValueError(f"The checkpoint has the network's weights more than once: under {under}. Save one alone.")
+    if not ways:
         missing, unexpected = sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys())
         raise ValueError(
             "The checkpoint does not fit the network:"
             f" {_some(missing)} missing from the checkpoint, {_some(unexpected)} unknown to the network."
         )
+    source = ways[0]
     for name, key in wanted.items():
         if given[source[name]].shape != own[key].shape:
             raise ValueError(
@@ -127,21 +132,6 @@ def load_weights(network: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     extra = sorted(given.keys() - source.values())
     if extra:
         rank_zero_warn(f"The checkpoint also holds {_some(extra)}, which the network does not have. That is left out.")
-
-
-def _matched(given: Mapping[str, Tensor], wanted: list[str]) -> dict[str, str] | None:
-    """Where the checkpoint has each name of the network; None if it has not all of them behind one prefix."""
-    first = next(iter(wanted), "")
-    prefixes = {name.removesuffix(first) for name in given if name == first or name.endswith(f".{first}")}
-    fits = sorted(prefix for prefix in prefixes if all(prefix + name in given for name in wanted))
-    if "" not in fits and len(fits) > 1:
-        raise ValueError(f"The checkpoint has the network's weights more than once: under {', '.join(fits)}. Save one alone.")
-    if fits:
-        return {name: fits[0] + name for name in wanted}
-    own = first.partition(".")[0] + "."  # a prefix of the network that the checkpoint lacks
-    if all(name.startswith(own) and name.removeprefix(own) in given for name in wanted):
-        return {name: name.removeprefix(own) for name in wanted}
-    return None
 
 
 _KEYS = ("state_dict", "model_state_dict", "model", "net", "network", "state_dict_ema", "model_ema", "ema")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from salun_lightning.saliency.weights import bits_of, local_of
+from salun_lightning.weights import bits_of, local_of
 
 
 class Held:

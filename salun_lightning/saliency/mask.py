@@ -16,7 +16,7 @@ from torch import Tensor
 
 from salun_lightning.files import whole
 from salun_lightning.saliency.selection import num_kept, top_k_masks
-from salun_lightning.saliency.weights import plain_name, plain_names, renamed
+from salun_lightning.weights import plain_name, plain_names, renamings
 
 _FORMAT = "salun_lightning.SaliencyMask/1"
 
@@ -159,7 +159,14 @@ class SaliencyMask(Mapping[str, Tensor]):
         Raises:
             ValueError: Several prefixes fit.
         """
-        new = renamed(self, names)
+        ways = renamings(self, names)
+        if len(ways) > 1:
+            first = next(iter(self))
+            raise ValueError(
+                f"Weights called '{first}' fit several parts of the network: {', '.join(way[first] for way in ways[:2])}. Give"
+                " the mask the full names of those that are meant."
+            )
+        new = ways[0] if ways else {name: name for name in self}
         return self._of_packed({new[name]: packed for name, packed in self._packed.items()}, self.ratio, self.metadata)
 
     def check_shapes(self, shapes: Mapping[str, torch.Size]) -> None:

@@ -22,7 +22,7 @@ from salun_lightning.saliency.mask import SaliencyMask
 from salun_lightning.saliency.scores import Score, check_score, saliency_scores
 from salun_lightning.saliency.selection import num_kept
 from salun_lightning.saliency.twins import is_a
-from salun_lightning.saliency.weights import fingerprint, weights_of
+from salun_lightning.weights import fingerprint, weights_of
 
 _SERVED = SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy
 _NOT_SERVED = DeepSpeedStrategy, XLAStrategy, SingleDeviceXLAStrategy  # though they derive from those

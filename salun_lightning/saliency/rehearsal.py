@@ -11,7 +11,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
-from salun_lightning.saliency.weights import local_of
+from salun_lightning.weights import local_of
 
 _PARTS = {"_parameters", "_buffers", "_modules"}
 _CONTAINERS = (list, dict, set, deque)

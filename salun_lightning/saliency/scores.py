@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from salun_lightning.saliency.rehearsal import undisturbed
 from salun_lightning.saliency.twins import is_a
-from salun_lightning.saliency.weights import weights_of
+from salun_lightning.weights import weights_of
 
 Score = Literal["gradient", "fisher", "snip", "magnitude", "random"]
 

@@ -15,7 +15,7 @@ from torch.nn import functional
 from salun_lightning.networks import TorchvisionClassifier
 from salun_lightning.saliency import SaliencyMask
 from salun_lightning.saliency.held import HeldModule
-from salun_lightning.saliency.weights import weights_of
+from salun_lightning.weights import weights_of
 
 BATCH = 128
 

@@ -10,7 +10,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 from salun_lightning.saliency import SaliencyMask
-from salun_lightning.saliency.weights import weights_of
+from salun_lightning.weights import weights_of
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 

@@ -24,7 +24,7 @@ from salun_lightning.modules import ImageClassifier
 from salun_lightning.networks import SmallResNet
 from salun_lightning.saliency import SaliencyMasking, Score
 from salun_lightning.saliency.selection import top_k_masks
-from salun_lightning.saliency.weights import weights_of
+from salun_lightning.weights import weights_of
 from tests.saliency.helpers import Plain, PlainManual, fit, half_mask, images_and_targets, loader, quiet_trainer, sgd
 from tests.small import free_port
 

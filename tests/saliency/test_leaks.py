@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from salun_lightning.saliency import SaliencyMask, SaliencyMasking
 from salun_lightning.saliency.held import Held
-from salun_lightning.saliency.weights import weights_of
+from salun_lightning.weights import weights_of
 from tests.saliency.helpers import Plain, PlainManual, assert_frozen, copied, fit, half_mask, loader, quiet_trainer, same_bits
 
 LEAK = "ignore:Something other than an optimizer wrote to weights outside the saliency mask:UserWarning"

@@ -20,7 +20,7 @@ from salun_lightning.data import DigitsDataModule, ForgetRandom
 from salun_lightning.modules import ImageClassifier
 from salun_lightning.networks import SmallResNet
 from salun_lightning.saliency import SaliencyMask, SaliencyMasking, saliency_scores
-from salun_lightning.saliency.weights import weights_of
+from salun_lightning.weights import weights_of
 from tests.saliency.helpers import Plain, assert_frozen, copied, fit, half_mask, images_and_targets, loader, quiet_trainer
 
 FORGET = list(range(3, 25, 2))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from salun_lightning.saliency import SaliencyMask, SaliencyMasking
-from salun_lightning.saliency.weights import weights_of
+from salun_lightning.weights import weights_of
 from tests.saliency.helpers import Plain, PlainManual, assert_frozen, copied, fit, half_mask, loader, same_bits, same_weights
 
 

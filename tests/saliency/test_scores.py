@@ -9,7 +9,7 @@ from salun_lightning.data import DigitsDataModule, ForgetRandom, Samples
 from salun_lightning.modules import ImageClassifier
 from salun_lightning.networks import SmallResNet
 from salun_lightning.saliency import SaliencyMask, saliency_scores
-from salun_lightning.saliency.weights import weights_of
+from salun_lightning.weights import weights_of
 
 RATIOS = (0.05, 0.3, 0.5, 0.9)
 FORGOTTEN = 71  # odd, and a multiple of none of the batch sizes

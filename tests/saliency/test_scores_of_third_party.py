@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from salun_lightning.saliency import SaliencyMasking, Score, saliency_scores
-from salun_lightning.saliency.weights import weights_of
+from salun_lightning.weights import weights_of
 from tests.saliency.helpers import Plain, fit, images_and_targets, loader
 
 

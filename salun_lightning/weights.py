@@ -48,30 +48,18 @@ def weights_of(module: nn.Module) -> dict[str, nn.Parameter]:
     return {plain: weights[name] for name, plain in plain_names(weights).items()}
 
 
-def renamed(names: Iterable[str], wanted: Iterable[str]) -> dict[str, str]:
-    """Each name and what it is among the wanted ones: the same, but for one prefix of all that may be another.
-
-    Names stay as they are where they are wanted already, or no other prefix makes all of them wanted.
-
-    Raises:
-        ValueError: Several prefixes do.
+def renamings(names: Iterable[str], known: Iterable[str]) -> list[dict[str, str]]:
+    """The ways to find all names among the known ones: as they are, or else with another prefix in front of all of them.
 
     Example:
-        >>> renamed(["net.fc.weight", "net.fc.bias"], ["backbone.fc.weight", "backbone.fc.bias", "head.weight"])
-        {'net.fc.weight': 'backbone.fc.weight', 'net.fc.bias': 'backbone.fc.bias'}
+        >>> renamings(["net.fc.weight", "net.fc.bias"], ["backbone.fc.weight", "backbone.fc.bias", "head.weight"])
+        [{'net.fc.weight': 'backbone.fc.weight', 'net.fc.bias': 'backbone.fc.bias'}]
     """
-    names, wanted = list(names), set(wanted)
-    as_they_are = {name: name for name in names}
-    if not names or wanted.issuperset(names):
-        return as_they_are
-    ways = [_other_prefix(names, *prefixes) for prefixes in {_prefixes(names[0], other) for other in wanted} if prefixes]
-    fitting = sorted((way for way in ways if way and wanted.issuperset(way.values())), key=lambda way: way[names[0]])
-    if len(fitting) > 1:
-        raise ValueError(
-            f"Weights called '{names[0]}' fit several parts of the network: {fitting[0][names[0]]}, {fitting[1][names[0]]}."
-            " Give them the full names of those that are meant."
-        )
-    return fitting[0] if fitting else as_they_are
+    names, known = list(names), set(known)
+    if known.issuperset(names):
+        return [{name: name for name in names}]
+    ways = [_other_prefix(names, *prefixes) for prefixes in {_prefixes(names[0], other) for other in known} if prefixes]
+    return sorted((way for way in ways if way and known.issuperset(way.values())), key=lambda way: way[names[0]])
 
 
 def _prefixes(name: str, other: str) -> tuple[str, str] | tuple[()]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from salun_lightning.saliency.weights import bits_of, fingerprint, plain_name, weights_of
+from salun_lightning.weights import bits_of, fingerprint, plain_name, weights_of
 from tests.saliency.helpers import small_network
 
 
