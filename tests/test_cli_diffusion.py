@@ -137,6 +137,7 @@ def test_comparisons_run(config: Path, tiny_images: None, tmp_path: Path, monkey
                     {
                         "model.network.init_args.block_out_channels": [32, 32, 32, 32],
                         "model.network.init_args.attention_head_dim": 32,
+                        "model.network.init_args.layers_per_block": 1,
                         "model.quality.features": "classifier",
                         "model.quality.classifier": str(CONFIGS / "cifar10" / "small_network.yaml"),
                         "trainer.precision": "32-true",
