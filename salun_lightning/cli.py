@@ -1,12 +1,13 @@
 """The command line: LightningCLI with one extra key, ``saliency:``, and the command ``compare``."""
 
 import os
+import select
 import sys
 import traceback
 import warnings
 from argparse import ArgumentError
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 USAGE = """\
 usage: {program} <command> [options]
@@ -84,20 +85,28 @@ def console(args: list[str] | None = None) -> int:
         sys.path.insert(0, os.getcwd())
     status, told = 0, ""
     try:
-        main([word for word in words if word != "--debug"])
+        try:
+            main([word for word in words if word != "--debug"])
+        finally:
+            sys.stdout.flush()
     except BaseException as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads(sys.stdout):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+            return 141
         if "--debug" in words:
             traceback.print_exc()
         status, told = _ending(error, [word for word in words if word != "--debug"])
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:  # whoever read has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
     if told:
         rank = os.environ.get("LOCAL_RANK", "0")
         print(f"error{'' if rank == '0' else f' in process {rank}'}: {told}", file=sys.stderr)
     return status
+
+
+def _nobody_reads(stream: TextIO) -> bool:
+    """Whether the other end of a pipe is closed: whoever read has seen enough."""
+    poll = select.poll()
+    poll.register(stream, select.POLLOUT)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _ending(error: BaseException, words: list[str]) -> tuple[int, str]:

@@ -1,5 +1,6 @@
 """How the command line ends when it is told to, with real processes and signals."""
 
+import os
 import shlex
 import signal
 import subprocess
@@ -41,11 +42,12 @@ def fit(folder: Path, epochs: int) -> list[str]:
     return ["fit", config, *QUIET, f"--trainer.default_root_dir={folder}", f"--trainer.max_epochs={epochs}"]
 
 
-def start(*words: str) -> subprocess.Popen[str]:
+def start(*words: str, **environment: str) -> subprocess.Popen[str]:
     """As from a terminal: what runs in the background of a shell would ignore Ctrl-C."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     heeding = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    return subprocess.Popen([sys.executable, *words], cwd=ROOT, text=True, preexec_fn=heeding, **pipes)  # noqa: PLW1509
+    environment = {**os.environ, **environment}
+    return subprocess.Popen([sys.executable, *words], cwd=ROOT, text=True, env=environment, preexec_fn=heeding, **pipes)  # noqa: PLW1509
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +56,9 @@ def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, An
     folders = {name: tmp_path_factory.mktemp(name) for name in ("SIGTERM", "SIGINT", "SIGKILL")}
     running = {name: start("train.py", *fit(folders[name], 100_000)) for name in ("SIGTERM", "SIGINT")}
     running["SIGKILL"] = start("-c", KILLED_WHILE_SAVING, *fit(folders["SIGKILL"], 5))
-    running["pipe"] = start("train.py", "fit", "--help")
-    running["pipe"].stdout.close()  # type: ignore[union-attr]  # whoever reads has seen enough
+    for name, unbuffered in (("pipe", {}), ("unbuffered pipe", {"PYTHONUNBUFFERED": "1"})):
+        running[name] = start("train.py", "--help", **unbuffered)
+        running[name].stdout.close()  # type: ignore[union-attr]  # whoever reads has seen enough
     yield {**running, "folders": folders}
     for process in running.values():
         process.kill()
@@ -108,12 +111,22 @@ def test_a_kill_in_the_midst_of_saving_leaves_the_checkpoint_before_it(
     assert torch.load(last, weights_only=True)["epoch"] == 2
 
 
-def test_a_broken_pipe_is_no_traceback(processes: dict[str, Any]) -> None:
-    process = processes["pipe"]
-    said = process.stderr.read()
-    assert process.wait(timeout=90) in {0, 141}
-    assert "Traceback" not in said
-    assert "BrokenPipeError" not in said
+@pytest.mark.parametrize("name", ["pipe", "unbuffered pipe"])
+def test_a_broken_pipe_is_an_ending_without_a_word(processes: dict[str, Any], name: str) -> None:
+    said = processes[name].stderr.read()
+    assert processes[name].wait(timeout=90) == 141
+    assert said == ""
+
+
+def test_a_pipe_that_broke_elsewhere_is_an_error(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """The pipe of a worker process, say: only that of the output means that whoever reads has seen enough."""
+
+    def worker_died(words: list[str]) -> None:
+        raise BrokenPipeError("a worker is gone")
+
+    monkeypatch.setattr("salun_lightning.cli.main", worker_died)
+    assert console([]) == 1
+    assert capfd.readouterr().err == "error: a worker is gone\n"
 
 
 def test_modules_of_the_working_directory_are_found(
