@@ -270,7 +270,7 @@ def test_sparse_gradients_are_masked_before_clipping():
     runs = []
     for sparse in (True, False):
         module = Words(sparse)
-        mask = SaliencyMask.random(weights_of(module), 0.5, seed=3)
+        mask = half_mask(module)
         original = copied(module)
         fit(module, SaliencyMasking(mask=mask), gradient_clip_val=0.01, max_epochs=1)
         assert_frozen_words(original, copied(module), mask)
