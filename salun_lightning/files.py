@@ -3,12 +3,17 @@
 import json
 import math
 import os
+import re
+import shutil
+import socket
 import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+_MACHINE = socket.gethostname()
 
 
 @contextmanager
@@ -16,7 +21,8 @@ def whole(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A path to write to. When the block ends well, what was written there takes the place of ``path``.
 
     It lies in the same folder, so the change of name is one step on every file system. What was written reaches the disk
-    before that, so a machine that loses its power leaves either the old file or the new one.
+    before that, so a machine that loses its power leaves either the old file or the new one. What a process that was killed
+    has left of the same file is removed.
 
     Args:
         path: The file that is to appear. Its folder is made.
@@ -29,8 +35,7 @@ def whole(path: str | os.PathLike[str]) -> Iterator[Path]:
         'done'
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")
+    unfinished = _prepared(path)
     try:
         yield unfinished
         _to_disk(unfinished)
@@ -38,6 +43,81 @@ def whole(path: str | os.PathLike[str]) -> Iterator[Path]:
         _to_disk(path.parent)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """The same for a folder: an empty one to write to, which takes the place of ``path``. What was there is removed.
+
+    Args:
+        path: The folder that is to appear. If something else than an older version of it may lie there, look before.
+    """
+    path = Path(path)
+    unfinished = _prepared(path)
+    unfinished.mkdir()
+    try:
+        yield unfinished
+        for written in unfinished.rglob("*"):
+            _to_disk(written)
+        replace_folder(unfinished, path)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def replace_folder(finished: Path, path: Path) -> None:
+    """Put a folder in the place of another one beside it, which is removed. If that fails, the other one stays.
+
+    Args:
+        finished: The folder, by the name that it has so far.
+        path: The name that it is to have.
+    """
+    old = _beside(path, "old")
+    try:
+        if path.exists():
+            os.replace(path, old)
+        os.replace(finished, path)
+        _to_disk(path.parent)
+    finally:
+        _remove_old(old, path)
+
+
+def _prepared(path: Path) -> Path:
+    """Where to write what is to appear at a path: in its folder, which is there and holds nothing of dead processes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    name = re.compile(rf"{re.escape(f'{path.name}.{_MACHINE}-')}(\d+)\.(part|old)")
+    leftovers = [(file, match) for file in path.parent.iterdir() if (match := name.fullmatch(file.name))]
+    for leftover, match in leftovers:
+        if _is_alive(int(match[1])):
+            continue
+        if match[2] == "old":
+            _remove_old(leftover, path)
+        elif leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+    return _beside(path, "part")
+
+
+def _beside(path: Path, word: str) -> Path:
+    """With the machine, because the number of a process says nothing on another one that shares the folder."""
+    return path.with_name(f"{path.name}.{_MACHINE}-{os.getpid()}.{word}")
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)  # sends nothing
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # it is somebody else's
+    return True
+
+
+def _remove_old(old: Path, path: Path) -> None:
+    """Remove a folder that another one has replaced; if nothing has taken its place, put it back."""
+    if old.exists() and not path.exists():
+        os.replace(old, path)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _to_disk(path: Path) -> None:
@@ -79,6 +159,56 @@ def read_json(path: Path) -> dict[str, Any]:
         set_aside(path, "it is damaged")
         return {}
     return content
+
+
+def read_torch(
+    path: str | os.PathLike[str], what: str = "a checkpoint", stream: IO[bytes] | None = None, map_location: Any = "cpu"
+) -> Any:
+    """What a file of torch holds: tensors and plain data. Nothing in it is executed.
+
+    Args:
+        path: The file.
+        what: What it should be, for the message.
+        stream: The content, where it is not read from ``path``.
+        map_location: The device of the tensors.
+
+    Raises:
+        ValueError: The file is damaged, or would need code to be executed.
+    """
+    import torch
+
+    try:
+        # not by its path: torch takes one that ends in .safetensors for what its name says
+        with _opened(path, stream) as file:
+            return torch.load(file, map_location=map_location, weights_only=True)
+    except Exception as error:  # torch raises a dozen kinds for damaged files
+        advice = "weights_only" in str(error)  # to execute the code, so neither the text nor its traceback is passed on
+        if advice and is_of_torch(path, stream):
+            raise ValueError(
+                f"'{path}' cannot be read as {what} without executing code in it: it holds more than tensors and plain data, of"
+                " which nothing was executed. Save the weights alone where it was made: torch.save(model.state_dict(), path)."
+            ) from None
+        raise ValueError(
+            f"'{path}' cannot be read as {what}; it may be truncated, or a file of another kind. Give another one, or make it"
+            " again."
+        ) from (None if advice else error)
+
+
+def is_of_torch(path: str | os.PathLike[str], stream: IO[bytes] | None = None) -> bool:
+    """Whether a file starts like those that ``torch.save`` writes, whatever its name says."""
+    with _opened(path, stream) as file:
+        start = file.read(2)
+    return start[:1] == b"\x80" or start == b"PK"
+
+
+@contextmanager
+def _opened(path: str | os.PathLike[str], stream: IO[bytes] | None) -> Iterator[IO[bytes]]:
+    if stream is None:
+        with open(path, "rb") as file:
+            yield file
+    else:
+        stream.seek(0)
+        yield stream
 
 
 def set_aside(path: Path, why: str) -> Path:

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
-from salun_lightning.files import set_aside, whole, write_text
+from salun_lightning.files import read_torch, set_aside, whole, write_text
 
 _SHOWN_ONLY = {  # options that do not change which model comes out
     "": ("ckpt_path", "weights_only", "config"),
@@ -54,18 +53,8 @@ class WholeCheckpointIO(TorchCheckpointIO):
     ) -> dict[str, Any]:
         check_checkpoint_path(path)
         # not by way of torch.hub, which would take an older file of the same name
-        source = io.BytesIO(get_filesystem(path).cat_file(str(path))) if _is_remote(path) else path
-        try:
-            content = torch.load(source, map_location=map_location, weights_only=True)
-        except Exception as error:  # torch raises a dozen kinds for damaged files
-            if isinstance(error, pickle.UnpicklingError) and "Unsupported" in str(error):
-                raise ValueError(
-                    f"'{path}' holds more than tensors and plain data, so it is refused; nothing in it was executed. Save the"
-                    " state_dict() of its model, and give that to --model.original."
-                ) from error
-            raise ValueError(
-                f"'{path}' cannot be read as a checkpoint: it is damaged or was cut off. Give another one, or train again."
-            ) from error
+        stream = io.BytesIO(get_filesystem(path).cat_file(str(path))) if _is_remote(path) else None
+        content = read_torch(path, "a checkpoint", stream, map_location)
         if not isinstance(content, dict) or "pytorch-lightning_version" not in content:
             raise ValueError(
                 f"'{path}' is not the checkpoint of a run. Weights alone, to start from, are given to --model.original."

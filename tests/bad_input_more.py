@@ -254,7 +254,7 @@ CASES = [
     ("option twice wrong", ["tests"], "There is no command 'tests'"),
     ("dashes", ["--fit"], "--fit"),
     ("value of bool", data("--trainer.enable_checkpointing=perhaps"), "'perhaps'"),
-    ("subcommand option", ["test", ORIGINAL, "--ckpt_path={files}/evil.pt"], "nothing in it was executed"),
+    ("subcommand option", ["test", ORIGINAL, "--ckpt_path={files}/evil.pt"], "of which nothing was executed"),
     ("test weights", ["test", ORIGINAL, "--ckpt_path={files}/original.pt"], "is not the checkpoint of a run"),
     ("predict missing", ["predict", ORIGINAL, "--ckpt_path=nowhere.ckpt"], "There is no checkpoint at"),
     ("http", ["test", ORIGINAL, "--ckpt_path=http://127.0.0.1:9/x.ckpt"], "127.0.0.1:9"),

@@ -109,6 +109,7 @@ def test_a_kill_in_the_midst_of_saving_leaves_the_checkpoint_before_it(
     cli = main([*fit(folder, 3), f"--ckpt_path={last}"])
     assert cli.trainer.current_epoch == 3
     assert torch.load(last, weights_only=True)["epoch"] == 2
+    assert not list(folder.rglob("*.part"))
 
 
 @pytest.mark.parametrize("name", ["pipe", "unbuffered pipe"])

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from salun_lightning.comparison.observers import Evidence, Passes
 from salun_lightning.comparison.plan import Cell
-from salun_lightning.files import read_json, set_aside, write_json
+from salun_lightning.files import read_json, read_torch, set_aside, write_json
 from salun_lightning.lightning_cli import UnlearningCLI
 from salun_lightning.saliency import SaliencyMasking
 
@@ -71,9 +71,9 @@ def fault(checkpoint: Path) -> str | None:
     if not checkpoint.is_file():
         return "it is gone"
     try:
-        torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch raises whatever the damaged bytes make of it
-        return f"it is damaged ({type(error).__name__})"
+        read_torch(checkpoint)
+    except ValueError:
+        return "it is damaged"
     return None
 
 

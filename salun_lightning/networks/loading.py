@@ -1,16 +1,15 @@
 """Weights of an original model, from whatever file holds them."""
 
 import os
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from salun_lightning.files import read_torch
 from salun_lightning.networks.pipeline import check_architecture, read_pipeline
 from salun_lightning.weights import plain_name, renamings
 
@@ -29,31 +28,19 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         return read_pipeline(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no model at '{path}'. Train it first, or give the path of its checkpoint.")
-    reason = ""
-    try:
-        if path.suffix == ".safetensors":
-            return dict(load_file(path))
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = str(error)
-        if "weights_only" not in reason:
-            raise ValueError(f"'{path}' cannot be read as a checkpoint; it may be truncated: {reason}") from error
-    if reason:  # which advises to execute the code, so neither the text nor its traceback is passed on
-        raise ValueError(_refusal(path))
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    content = read_torch(path)
     if not isinstance(content, dict):
         raise ValueError(f"'{path}' holds a {type(content).__name__}, which is neither a checkpoint nor a state_dict.")
     return content
 
 
-def _refusal(path: Path) -> str:
-    with path.open("rb") as file:
-        pickled = zipfile.is_zipfile(path) or file.read(1) == b"\x80"
-    if not pickled:
-        return f"'{path}' cannot be read as a checkpoint; it may be truncated, or something else."
-    return (
-        f"'{path}' cannot be read as a checkpoint without executing code that it holds, which is not done. Where it was made,"
-        " save the weights alone: torch.save(model.state_dict(), path)."
-    )
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    try:
+        return dict(load_file(path))
+    except Exception as error:
+        raise ValueError(f"'{path}' cannot be read as a checkpoint; it may be truncated: {error}") from error
 
 
 def weights_in(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -164,12 +164,17 @@ class HeldModule:
         """Give everything its original bits, without a look at what changed."""
         _put_back(self.weights, self.module, self.buffers)
 
-    def check_replaced(self) -> None:
-        """Refuse to go on without a weight that is held.
+    def follow(self) -> None:
+        """Go to the devices where the weights are now."""
+        self.weights = {weight: held.on(weight.device) for weight, held in self.weights.items()}
+
+    def check(self) -> None:
+        """Put back what anything but a step of an optimizer wrote, and refuse to go on without a weight that is held.
 
         Raises:
             MisconfigurationException: Another parameter was put in its place.
         """
+        self.settle()
         now = set(self.module.parameters())
         for weight in self.weights:
             if weight not in now and not isinstance(weight, DTensor):  # shards are replaced while they are gathered

@@ -1,24 +1,20 @@
 """The saliency mask: one bit a weight, and where it comes from."""
 
-import json
 import os
-import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from salun_lightning.files import whole
+from salun_lightning.files import is_of_torch, read_torch
+from salun_lightning.saliency.mask_file import read_safetensors, state_in, write_state
 from salun_lightning.saliency.selection import num_kept, top_k_masks
 from salun_lightning.weights import plain_name, plain_names, renamings
 
-_FORMAT = "salun_lightning.SaliencyMask/1"
+_Packed = dict[str, tuple[Tensor, torch.Size]]  # by weight name, the bits in bytes and the shape
 
 
 class SaliencyMask(Mapping[str, Tensor]):
@@ -52,9 +48,7 @@ class SaliencyMask(Mapping[str, Tensor]):
         packed = {name: (_pack(mask), mask.shape) for name, mask in (masks.items() if isinstance(masks, Mapping) else masks)}
         self._fill(packed, ratio, metadata)
 
-    def _fill(
-        self, packed: dict[str, tuple[Tensor, torch.Size]], ratio: float | None, metadata: Mapping[str, str] | None
-    ) -> None:
+    def _fill(self, packed: _Packed, ratio: float | None, metadata: Mapping[str, str] | None) -> None:
         self._packed = {plain: packed[name] for name, plain in plain_names(packed).items()}
         self.metadata = dict(metadata or {})
         self.num_weights = sum(shape.numel() for _, shape in packed.values())
@@ -62,12 +56,7 @@ class SaliencyMask(Mapping[str, Tensor]):
         self.ratio = self.num_kept / max(self.num_weights, 1) if ratio is None else float(ratio)
 
     @classmethod
-    def _of_packed(
-        cls,
-        packed: dict[str, tuple[Tensor, torch.Size]],
-        ratio: float | None = None,
-        metadata: Mapping[str, str] | None = None,
-    ) -> Self:
+    def _of_packed(cls, packed: _Packed, ratio: float | None = None, metadata: Mapping[str, str] | None = None) -> Self:
         mask = cls.__new__(cls)
         mask._fill(packed, ratio, metadata)
         return mask
@@ -86,19 +75,6 @@ class SaliencyMask(Mapping[str, Tensor]):
         """
         k = num_kept(ratio, sum(score.numel() for score in scores.values()))
         return cls(top_k_masks(scores, k), ratio=ratio, metadata=metadata)
-
-    @classmethod
-    def random(cls, like: Mapping[str, Tensor], ratio: float, seed: int = 0) -> Self:
-        """A mask of the same size over weights picked at random: the control that a saliency mask must beat.
-
-        Args:
-            like: Tensors (or a mask) whose names and shapes the mask takes.
-            ratio: The fraction of all weights that may move, from 0 to 1.
-            seed: The same seed gives the same mask.
-        """
-        generator = torch.Generator().manual_seed(seed)
-        scores = {name: torch.rand(tensor.shape, generator=generator) for name, tensor in like.items()}
-        return cls.from_scores(scores, ratio, {"score": f"random, seed {seed}"})
 
     def __getitem__(self, name: str) -> Tensor:
         bits, shape = self._packed[name if name in self._packed else plain_name(name)]
@@ -204,7 +180,7 @@ class SaliencyMask(Mapping[str, Tensor]):
         Raises:
             ValueError: The bits do not fit the shapes.
         """
-        packed: dict[str, tuple[Tensor, torch.Size]] = {}
+        packed: _Packed = {}
         for name, sizes in state["shapes"].items():
             shape, bits = torch.Size(sizes), state["bits"].get(name)
             if bits is None or bits.dtype != torch.uint8 or bits.shape != ((shape.numel() + 7) // 8,):
@@ -214,16 +190,7 @@ class SaliencyMask(Mapping[str, Tensor]):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file of one bit a weight, with its metadata. The file appears whole or not at all."""
-        state = self.state_dict()
-        header = {
-            **self.metadata,
-            "format": _FORMAT,
-            "library_version": version("salun_lightning"),
-            "ratio": repr(self.ratio),
-            "shapes": json.dumps(state["shapes"]),
-        }
-        with whole(path) as unfinished:
-            save_file(state["bits"], unfinished, metadata=header)
+        write_state(path, self.state_dict())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
@@ -241,52 +208,14 @@ class SaliencyMask(Mapping[str, Tensor]):
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"There is no saliency mask at '{path}'.")
+        content = read_torch(path, "a saliency mask") if is_of_torch(path) else None  # which says itself what is wrong
         try:
-            with path.open("rb") as file:
-                start = file.read(2)
-            return cls._read_torch(path) if start[:1] == b"\x80" or start == b"PK" else cls._read_safetensors(path)
-        except pickle.UnpicklingError as error:  # what torch says here advises to switch its protection off
-            raise ValueError(
-                f"'{path}' cannot be read as a saliency mask: it holds more than tensors and plain data, of which nothing was"
-                " executed. Save the tensors of the mask alone."
-            ) from error
+            state = read_safetensors(path) if content is None else state_in(content)
+            return cls.from_state_dict(state) if "shapes" in state else cls(state["masks"], metadata=state["metadata"])
         except Exception as error:
             raise ValueError(
                 f"'{path}' cannot be read as a saliency mask, so it is damaged or a file of another kind: {error}"
             ) from error
-
-    @classmethod
-    def _read_safetensors(cls, path: Path) -> Self:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
-        if header.get("format") != _FORMAT:
-            if any(tensor.dtype not in {torch.bool, torch.uint8} for tensor in tensors.values()):
-                raise ValueError("it was not written by SaliencyMask.save, and its tensors are not bool or uint8")
-            return cls._of_tensors(tensors, "safetensors of zeros and ones")
-        metadata = {key: text for key, text in header.items() if key not in {"format", "ratio", "shapes"}}
-        shapes = json.loads(header["shapes"])
-        return cls.from_state_dict({"bits": tensors, "shapes": shapes, "ratio": float(header["ratio"]), "metadata": metadata})
-
-    @classmethod
-    def _read_torch(cls, path: Path) -> Self:
-        with path.open("rb") as file:  # torch takes a path that ends in .safetensors for what its name says
-            content = torch.load(file, map_location="cpu", weights_only=True)
-        if not isinstance(content, Mapping):
-            raise ValueError("it is not a dictionary")
-        if "callbacks" not in content:
-            return cls._of_tensors(content, "released SalUn code")
-        state = content["callbacks"].get("SaliencyMasking")
-        if not state:
-            raise ValueError("it is the checkpoint of a run without SaliencyMasking")
-        return cls.from_state_dict(state["mask"])
-
-    @classmethod
-    def _of_tensors(cls, tensors: Mapping[str, Any], source: str) -> Self:
-        for name, tensor in tensors.items():
-            if not isinstance(tensor, Tensor) or not ((tensor == 0) | (tensor == 1)).all():
-                raise ValueError(f"'{name}' is not a tensor of zeros and ones")
-        return cls(tensors, metadata={"source": source})
 
 
 def _pack(mask: Tensor) -> Tensor:

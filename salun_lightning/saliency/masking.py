@@ -1,6 +1,6 @@
 """The callback that decides which weights may move, and holds the others still."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -8,21 +8,25 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+)
 from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
 from lightning.pytorch.strategies.xla import XLAStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from typing_extensions import override
 
-from salun_lightning.saliency.forget_set import forget_batches
 from salun_lightning.saliency.held import HeldModule, parameters_of
 from salun_lightning.saliency.mask import SaliencyMask
-from salun_lightning.saliency.scores import Score, check_score, saliency_scores
-from salun_lightning.saliency.selection import num_kept
+from salun_lightning.saliency.scores import Score
+from salun_lightning.saliency.source import MaskSource
 from salun_lightning.saliency.twins import is_a
-from salun_lightning.weights import fingerprint, weights_of
+from salun_lightning.weights import weights_of
 
 _SERVED = SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy
 _NOT_SERVED = DeepSpeedStrategy, XLAStrategy, SingleDeviceXLAStrategy  # though they derive from those
@@ -85,17 +89,9 @@ class SaliencyMasking(Callback):
         uncovered: Uncovered = "frozen",
     ) -> None:
         super().__init__()
-        if (ratio is None) == (mask is None):
-            raise ValueError("SaliencyMasking takes either ratio (compute a mask) or mask (use this one), not both.")
-        if ratio is not None:
-            num_kept(ratio, 0)  # refuses what is not a ratio
-        check_score(score)
         if uncovered not in get_args(Uncovered):
             raise ValueError(f"uncovered must be 'frozen' or 'free', got '{uncovered}'.")
-        self.ratio = ratio
-        self.given = mask
-        self.score = score
-        self.seed = seed
+        self.source = MaskSource(ratio, mask, score, seed)
         self.policy = {"freeze_buffers": freeze_buffers, "uncovered": uncovered}
         self.mask = None
         self.report = {}
@@ -112,6 +108,7 @@ class SaliencyMasking(Callback):
                 f"{type(strategy).__name__} keeps weights in a form of its own, so single weights cannot be held still under"
                 " it. Use a single device, 'ddp', or ModelParallelStrategy (FSDP2) with SaliencyMasking."
             )
+        self._release(trainer)  # another callback may have failed while a run ended
         self.mask = None
         self.report = {}
         self._restored = {}
@@ -125,9 +122,10 @@ class SaliencyMasking(Callback):
         optimized = {weight for optimizer in trainer.optimizers for weight in parameters_of(optimizer)}
         weights = {name: weight for name, weight in trainable.items() if weight in optimized} or trainable
         if self.mask is None:
-            self.mask = self._make_mask(trainer, pl_module, weights)
+            self.mask = self.source.mask_of(trainer, pl_module, weights)
         else:
-            self._check_restored(self.mask, weights)
+            self.source.check_restored(self.mask, weights)
+            self._check_policy()
         covered = {name: weight for name, weight in weights.items() if name in self.mask} or weights
         self.mask.check_shapes({name: weight.shape for name, weight in covered.items()})
         hold_uncovered = self.policy["uncovered"] == "frozen"
@@ -138,7 +136,9 @@ class SaliencyMasking(Callback):
             if is_a(callback, WeightAveraging) and callback._average_model is not None:
                 self._held.hold_copy(callback._average_model.module)
         self._held.settle()  # the average may have been copied before the original model was loaded
-        self._settle_before_saving(trainer)
+        # checkpoints are put together of references to weights, which other hooks may still write to
+        _call_before(trainer.strategy, "save_checkpoint", self._held.check)
+        _call_before(trainer.strategy, "validation_step", self._held.settle)
         others = [weight for weight in trainable.values() if weight not in self._held.weights]
         self.report = {"num_without_optimizer": sum(weight.numel() for weight in others if weight not in self._held.uncovered)}
         rank_zero_info(f"SaliencyMasking: {self.mask}")
@@ -148,57 +148,7 @@ class SaliencyMasking(Callback):
                 f" {self._held.num_uncovered:,} that the mask does not cover ({self.policy['uncovered']})"
             )
 
-    def _settle_before_saving(self, trainer: Trainer) -> None:
-        """A hook of the module may write to weights when a checkpoint has been put together of references to them."""
-        held, save = self._held, trainer.strategy.save_checkpoint
-        assert held is not None
-
-        def settle_and_save(*arguments: Any, **keywords: Any) -> None:
-            held.settle()
-            held.check_replaced()
-            save(*arguments, **keywords)
-
-        trainer.strategy.save_checkpoint = settle_and_save  # type: ignore[method-assign]
-
-    def _make_mask(self, trainer: Trainer, pl_module: LightningModule, weights: Mapping[str, nn.Parameter]) -> SaliencyMask:
-        made_from = {
-            "network": fingerprint(weights_of(pl_module).items()),
-            "data": getattr(trainer.datamodule, "fingerprint", ""),  # type: ignore[attr-defined]
-        }
-        if self.ratio is not None:
-            batches = forget_batches(trainer)
-            scores = saliency_scores(pl_module, batches, self.score, seed=self.seed, strategy=trainer.strategy, weights=weights)
-            if self.score in {"gradient", "fisher"}:  # others are zero where a weight is
-                _warn_of_silent(scores)
-            return SaliencyMask.from_scores(scores, self.ratio, {"score": self._score_name, **made_from})
-        mask = self._given_mask(weights)
-        for what, value in made_from.items():
-            if value and mask.metadata.get(what, value) != value:
-                rank_zero_warn(f"The saliency mask was computed with another {what} (same shapes, other values).")
-        return mask
-
-    @property
-    def _score_name(self) -> str:
-        return f"random, seed {self.seed}" if self.score == "random" else self.score
-
-    def _given_mask(self, weights: Mapping[str, nn.Parameter]) -> SaliencyMask:
-        assert self.given is not None
-        mask = self.given if isinstance(self.given, SaliencyMask) else SaliencyMask.load(self.given)
-        return mask.fitted(weights)
-
-    def _check_restored(self, mask: SaliencyMask, weights: Mapping[str, nn.Parameter]) -> None:
-        """Refuse to resume with other settings than the checkpoint's."""
-        made, asked = (mask.ratio, mask.metadata.get("score")), (self.ratio, self._score_name)
-        if self.ratio is not None and made != asked:
-            raise MisconfigurationException(
-                f"The checkpoint was made with a saliency mask of ratio {made[0]} by {made[1]}, but ratio {asked[0]} by"
-                f" {asked[1]} is asked for. Resume with the same mask, or start afresh."
-            )
-        if self.given is not None and self._given_mask(weights) != mask:
-            raise MisconfigurationException(
-                "The checkpoint was made with another saliency mask than the one given. Resume with the same mask, or start"
-                " afresh."
-            )
+    def _check_policy(self) -> None:
         for name, asked_for in self.policy.items():
             if self._restored.get(name, asked_for) != asked_for:
                 raise MisconfigurationException(
@@ -221,16 +171,16 @@ class SaliencyMasking(Callback):
         if self._held is not None:
             self._held.settle()
 
-    # where somebody may look at weights: what was written to them since the last step is undone
-    on_train_batch_start = on_train_batch_end = on_train_epoch_end = _settle
-    on_validation_start = on_validation_batch_start = on_validation_end = on_train_end = _settle
+    # where other hooks may look at weights: what was written to them since the last step is undone
+    on_train_batch_start = on_train_batch_end = on_train_epoch_end = on_train_end = _settle
+    on_validation_start = on_validation_epoch_end = on_validation_end = _settle
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.mask is None or self._held is None:
             return
-        self._held.settle()
-        self._held.check_replaced()
+        self._held.follow()  # Lightning has moved the module to the CPU
+        self._held.check()
         moved, drift = self._held.num_moved(), self._held.drift
         if is_a(trainer.strategy, ModelParallelStrategy):
             moved, drift = _over_shards(trainer, moved, drift)
@@ -252,17 +202,25 @@ class SaliencyMasking(Callback):
             )
 
     @override
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if self._held is not None:
-            self._held.release()
-            del trainer.strategy.save_checkpoint  # ours, in front of that of the class
-        self._held = None
-
-    @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if self._held is not None:
+            self._held.follow()
             self._held.put_back()  # perhaps it was in the middle of an optimizer step
-        self.teardown(trainer, pl_module, "fit")
+            # a checkpoint of the exception may follow, and after that no hook but the strategy's
+            _call_before(trainer.strategy, "teardown", lambda: self._release(trainer))
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self._held is not None:
+            self._held.put_back()
+        self._release(trainer)
+
+    def _release(self, trainer: Trainer) -> None:
+        if self._held is not None:
+            self._held.release()
+        for name in ("save_checkpoint", "validation_step", "teardown"):
+            vars(trainer.strategy).pop(name, None)  # ours, in front of that of the class
+        self._held = None
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -283,11 +241,12 @@ def _over_shards(trainer: Trainer, moved: int, drift: float) -> tuple[int, float
     return int(total) // trainer.world_size, float(largest)
 
 
-def _warn_of_silent(scores: Mapping[str, Tensor]) -> None:
-    silent = [name for name, score in scores.items() if score.numel() and not score.any()]
-    if silent:
-        rank_zero_warn(
-            f"No gradient of the forget loss reaches {len(silent)} of {len(scores)} weight tensors, such as"
-            f" {silent[0]}, so they are the last to be chosen. In a fresh LoRA pair one matrix is zero, and the other has no"
-            " gradient: train the pair a little before, or give a mask."
-        )
+def _call_before(strategy: Strategy, name: str, look: Callable[[], None]) -> None:
+    """Let a method of this strategy start with a call of ours."""
+    method = getattr(strategy, name)
+
+    def look_first(*arguments: Any, **keywords: Any) -> Any:
+        look()
+        return method(*arguments, **keywords)
+
+    setattr(strategy, name, look_first)

@@ -2,7 +2,7 @@
 
 The bit pattern of a non-negative float grows with its value, so the k-th largest score is found digit by digit: a histogram
 of the highest bits says which bin it lies in, a histogram of the next bits of that bin narrows it down, until every bit is
-known. Time is linear in the number of scores; the extra memory is one chunk.
+known. Time is linear in the number of scores, however many tensors they lie in; the extra memory is one chunk.
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-_CHUNK = 1 << 20  # scores looked at together: 4 MiB, so that the temporaries stay in cache-sized pieces
+_CHUNK = 1 << 20  # scores looked at together, of a large tensor or of many small ones: 4 MiB, a size for caches
 _DIGIT = 16  # bits settled in one pass: two passes for float32, four for float64
 
 
@@ -32,7 +32,7 @@ def top_k_masks(scores: Mapping[str, Tensor], k: int) -> Iterator[tuple[str, Ten
     """Select exactly the ``k`` largest scores of all tensors together.
 
     Equal scores are taken by position: first tensor first, then row by row. The same call on every rank, with sharded
-    (``DTensor``) scores, gives the same masks on every rank: one tensor at a time is gathered.
+    (``DTensor``) scores, gives the same masks on every rank: a chunk, or one tensor if it is larger, is gathered at a time.
 
     Args:
         scores: Non-negative floating-point tensors of any shapes, by name.
@@ -48,20 +48,22 @@ def top_k_masks(scores: Mapping[str, Tensor], k: int) -> Iterator[tuple[str, Ten
     total = sum(score.numel() for score in scores.values())
     if not 0 <= k <= total:
         raise ValueError(f"{k} of {total} scores cannot be selected.")
-    signed = {name: _check(name, score, width) for name, score in scores.items()}
+    signed = _check(scores, width)
     bound, ties = _kth_largest(scores, k, width, signed)
-    for name, score in scores.items():
-        mask = torch.empty(score.shape, dtype=torch.bool, device=score.device)
-        for selected, bits in zip(mask.view(-1).split(_CHUNK), _chunks(score, width, signed[name]), strict=True):
+    for group in _groups(scores):
+        sizes = [score.numel() for score in group.values()]
+        mask = torch.empty(sum(sizes), dtype=torch.bool, device=next(iter(group.values())).device)
+        for selected, bits in zip(mask.split(_CHUNK), _chunks(group, width, signed), strict=True):
             torch.gt(bits, bound, out=selected)
             if ties:
                 equal = (bits == bound).nonzero()[:ties]
                 selected[equal] = True
                 ties -= len(equal)
-        yield name, mask
+        for (name, score), part in zip(group.items(), mask.split(sizes), strict=True):
+            yield name, part.view(score.shape)
 
 
-def _kth_largest(scores: Mapping[str, Tensor], k: int, width: int, signed: Mapping[str, bool]) -> tuple[int, int]:
+def _kth_largest(scores: Mapping[str, Tensor], k: int, width: int, signed: bool) -> tuple[int, int]:
     """The bit pattern of the k-th largest score, and how many scores equal to it belong to the k largest."""
     if k == 0:
         return 2**width - 1, 0  # no finite score lies above this pattern
@@ -70,8 +72,8 @@ def _kth_largest(scores: Mapping[str, Tensor], k: int, width: int, signed: Mappi
         high, low = low, max(low - _DIGIT, 0)
         digits = 1 << (high - low)
         histogram = torch.zeros(digits, dtype=torch.int64)
-        for name, score in scores.items():
-            for bits in _chunks(score, width, signed[name]):
+        for group in _groups(scores):
+            for bits in _chunks(group, width, signed):
                 left = bits[bits >> high == prefix] if high < width else bits
                 histogram += torch.bincount((left >> low) & (digits - 1), minlength=digits).cpu()
         at_least = histogram.flip(0).cumsum(0).flip(0)  # scores whose digit is at least d
@@ -83,35 +85,55 @@ def _kth_largest(scores: Mapping[str, Tensor], k: int, width: int, signed: Mappi
     return prefix, k - above
 
 
-def _check(name: str, score: Tensor, width: int) -> bool:
+def _check(scores: Mapping[str, Tensor], width: int) -> bool:
     """Refuse what cannot be ranked; tell whether there are negative zeros, whose bits order differently."""
-    if not score.is_floating_point():
-        raise ValueError(f"The scores of '{name}' are {score.dtype}; scores are floating-point numbers.")
+    for name, score in scores.items():
+        if not score.is_floating_point():
+            raise ValueError(f"The scores of '{name}' are {score.dtype}; scores are floating-point numbers.")
+    odd = [group for group in _groups(scores) if any(_is_odd(bits, width) for bits in _chunks(group, width))]
+    for name, score in (item for group in odd for item in group.items()):
+        for floats in (bits.view(_floats(width)) for bits in _chunks({name: score}, width)):
+            if not torch.isfinite(floats).all():
+                raise ValueError(
+                    f"The saliency of '{name}' contains NaN or infinity, so weights cannot be ranked by it. Check that the"
+                    " original model loads correctly and that its forget loss is finite."
+                )
+            if (floats < 0).any():
+                raise ValueError(f"The saliency of '{name}' contains negative numbers; scores are magnitudes.")
+    return bool(odd)
+
+
+def _is_odd(bits: Tensor, width: int) -> bool:
+    """Whether a score is negative (also -0.0), infinite or NaN: in one pass."""
     infinity = 0x7FF << 52 if width == 63 else 0xFF << 23
-    signed = False
-    for bits in _chunks(score, width):
-        lowest, highest = torch.aminmax(bits) if bits.numel() else (0, 0)
-        if lowest >= 0 and highest < infinity:  # in one pass: nothing is negative, infinite or NaN
-            continue
-        floats = bits.view(_floats(width))
-        if not torch.isfinite(floats).all():
-            raise ValueError(
-                f"The saliency of '{name}' contains NaN or infinity, so weights cannot be ranked by it. Check that the"
-                " original model loads correctly and that its forget loss is finite."
-            )
-        if (floats < 0).any():
-            raise ValueError(f"The saliency of '{name}' contains negative numbers; scores are magnitudes.")
-        signed = True
-    return signed
+    lowest, highest = torch.aminmax(bits) if bits.numel() else (0, 0)
+    return bool(lowest < 0 or highest >= infinity)
 
 
 def _floats(width: int) -> torch.dtype:
     return torch.float64 if width == 63 else torch.float32
 
 
-def _chunks(score: Tensor, width: int, signed: bool = False) -> Iterator[Tensor]:
+def _groups(scores: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """The scores in their order, small tensors of one device together: alone, each would cost as much as a whole chunk."""
+    group: dict[str, Tensor] = {}
+    room, device = 0, None
+    for name, score in scores.items():
+        if group and (score.numel() > room or score.device != device):
+            yield group
+            group = {}
+        if not group:
+            room, device = _CHUNK, score.device
+        group[name] = score
+        room -= score.numel()
+    if group:
+        yield group
+
+
+def _chunks(group: Mapping[str, Tensor], width: int, signed: bool = False) -> Iterator[Tensor]:
     """The scores as integers that order like them, in row-major order, a chunk at a time."""
-    whole = score.full_tensor() if isinstance(score, DTensor) else score
-    for chunk in whole.detach().reshape(-1).split(_CHUNK):
+    wholes = [score.full_tensor() if isinstance(score, DTensor) else score for score in group.values()]
+    flat = [whole.detach().reshape(-1) for whole in wholes]
+    for chunk in (flat[0] if len(flat) == 1 else torch.cat([part.to(_floats(width)) for part in flat])).split(_CHUNK):
         floats = chunk.to(_floats(width))
         yield (floats.abs() if signed else floats).view(torch.int64 if width == 63 else torch.int32)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from salun_lightning.networks import TorchvisionClassifier
-from salun_lightning.saliency import SaliencyMask
+from salun_lightning.saliency import SaliencyMask, saliency_scores
 from salun_lightning.saliency.held import HeldModule
 from salun_lightning.weights import weights_of
 
@@ -80,7 +80,7 @@ def test_share_of_a_training_step(bf16: bool) -> None:
     optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
     images = torch.rand(BATCH, 3, 32, 32).contiguous(memory_format=torch.channels_last)
     targets = torch.randint(10, (BATCH,))
-    mask = SaliencyMask.random(weights_of(network), 0.5)
+    mask = SaliencyMask.from_scores(saliency_scores(network, (), "random"), 0.5)
     ours, naive = Ours(network, mask, optimizer), Naive(network, mask)
     timed_step(network, optimizer, images, targets, ours, bf16)  # first use of every tensor
     timed_step(network, optimizer, images, targets, naive, bf16)

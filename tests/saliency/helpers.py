@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
-from salun_lightning.saliency import SaliencyMask
+from salun_lightning.saliency import SaliencyMask, saliency_scores
 from salun_lightning.weights import weights_of
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
@@ -107,7 +107,9 @@ def copied(module: nn.Module) -> dict[str, Tensor]:
 
 
 def half_mask(module: nn.Module, ratio: float = 0.5) -> SaliencyMask:
-    return SaliencyMask.random(weights_of(module), ratio, seed=3)
+    """A random one."""
+    scores = saliency_scores(module, (), "random", seed=3)
+    return SaliencyMask.from_scores(scores, ratio)
 
 
 def bits(tensor: Tensor) -> Tensor:

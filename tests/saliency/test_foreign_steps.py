@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from salun_lightning.saliency import SaliencyMask, SaliencyMasking, saliency_scores
-from salun_lightning.weights import weights_of
-from tests.saliency.helpers import Plain, copied, fit, loader, quiet_trainer, same_bits, small_network
+from tests.saliency.helpers import Plain, copied, fit, half_mask, loader, quiet_trainer, same_bits, small_network
 
 
 class MomentumTeacher(Plain):
@@ -216,7 +215,7 @@ def test_weights_that_no_optimizer_holds_do_not_count_and_are_left_alone(caplog)
 def test_a_mask_over_one_block(uncovered):
     module = Plain()
     original = copied(module)
-    whole = SaliencyMask.random(weights_of(module), 0.5, seed=3)
+    whole = half_mask(module)
     part = SaliencyMask({name: whole[name] for name in ("net.5.weight", "net.5.bias")})
     masking = SaliencyMasking(mask=part, uncovered=uncovered)
     fit(module, masking)
@@ -259,7 +258,7 @@ def test_a_fresh_low_rank_pair_gets_a_warning():
 
 def test_a_mask_whose_names_have_another_prefix_fits():
     module = Plain()
-    mask = SaliencyMask.random(weights_of(module), 0.5, seed=3)
+    mask = half_mask(module)
     for prefix in ("", "encoder.backbone.", "net.net."):
         renamed = SaliencyMask({prefix + name.removeprefix("net."): mask[name] for name in mask})
         masking = SaliencyMasking(mask=renamed)
@@ -272,6 +271,6 @@ def test_a_mask_whose_prefix_is_not_unique_is_refused():
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return self.make_optimizer(self.parameters())
 
-    mask = SaliencyMask.random({name: weight for name, weight in Plain().net.named_parameters()}, 0.5)
+    mask = half_mask(Plain().net)
     with pytest.raises(ValueError, match=r"'0\.weight' fit several parts of the network: net\.0\.weight, teacher\.0\.weight"):
         fit(Two(), SaliencyMasking(mask=mask))

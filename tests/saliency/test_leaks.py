@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
@@ -217,44 +216,6 @@ def test_an_optimizer_that_was_not_there_at_the_start(kind):
     assert masking.report["drift"] == 0
 
 
-class Writes(Callback):
-    """Writes to all weights at one of the points of training."""
-
-    def __init__(self, where: str, change: float) -> None:
-        self.change = change
-        setattr(self, where, self.write)
-
-    def write(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
-        for weight in pl_module.parameters():
-            weight.data.add_(self.change)
-        self.change /= 2
-
-
-@pytest.mark.filterwarnings(LEAK)
-@pytest.mark.parametrize("first", [True, False])
-@pytest.mark.parametrize(
-    "where",
-    ["on_train_batch_end", "on_train_epoch_end", "on_validation_start", "on_validation_epoch_start", "on_validation_end"],
-)
-def test_the_largest_change_that_anything_made_is_reported(where, first, tmp_path):
-    module = Evaluated(lambda parameters: torch.optim.SGD(parameters, lr=0.1))
-    original, mask = copied(module), half_mask(module)
-    masking, writes = SaliencyMasking(mask=mask), Writes(where, 0.5)
-    checkpoint = ModelCheckpoint(dirpath=tmp_path, filename="last")
-    callbacks = (masking, writes) if first else (writes, masking)
-    trainer = quiet_trainer(*callbacks, checkpoint, enable_checkpointing=True, num_sanity_val_steps=0)
-    trainer.fit(module, loader(), loader())
-    assert masking.report["drift"] == pytest.approx(0.5)  # the first, not what the last one left
-    for weights in (copied(module), *module.seen, torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]):
-        assert_frozen(original, weights, mask)
-
-
-def test_a_leak_is_said_once_and_with_its_size():
-    with pytest.warns(UserWarning, match=r"Something other than an optimizer wrote .* the largest change was 0\.5") as caught:
-        fit(Plain(), SaliencyMasking(0.5), Writes("on_train_batch_end", 0.5))
-    assert sum("Something other" in str(warning.message) for warning in caught) == 1
-
-
 def test_a_weight_that_is_replaced_is_refused_before_it_is_saved(tmp_path):
     class Replaces(Plain):
         def on_train_epoch_end(self) -> None:
@@ -309,7 +270,7 @@ def test_sparse_gradients_are_masked_before_clipping():
     runs = []
     for sparse in (True, False):
         module = Words(sparse)
-        mask = SaliencyMask.random(weights_of(module), 0.5, seed=3)
+        mask = half_mask(module)
         original = copied(module)
         fit(module, SaliencyMasking(mask=mask), gradient_clip_val=0.01, max_epochs=1)
         assert_frozen_words(original, copied(module), mask)

@@ -99,24 +99,6 @@ def test_equality_is_of_names_shapes_and_bits():
         hash(SaliencyMask(given))
 
 
-def test_a_random_mask_has_the_exact_size_and_follows_its_seed():
-    like = dict(small_network().named_parameters())
-    first = SaliencyMask.random(like, 0.3, seed=5)
-    assert first.num_kept == int(0.3 * 300)
-    assert first.metadata == {"score": "random, seed 5"}
-    assert first == SaliencyMask.random(like, 0.3, seed=5) == SaliencyMask.random(first, 0.3, seed=5)
-    assert first != SaliencyMask.random(like, 0.3, seed=6)
-    # of 300 weights 81 kept: in expectation 0.3 of each tensor; five standard deviations of the largest one (180) are 0.17
-    assert abs(first.density()["5.weight"] - 0.3) < 0.17
-
-
-def test_a_random_mask_leaves_the_random_state():
-    torch.manual_seed(0)
-    before = torch.get_rng_state()
-    SaliencyMask.random({"a": torch.empty(9)}, 0.5, seed=1)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
 def test_names_are_found_with_and_without_wrappers():
     booleans = torch.tensor([True, False])
     for stored in ("fc.weight", "network.fc.weight", "module._orig_mod.fc.weight"):

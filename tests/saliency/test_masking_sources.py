@@ -270,7 +270,7 @@ def test_a_resumed_run_goes_on_with_the_mask_of_its_checkpoint(tmp_path, monkeyp
     whole, resumed, callback = Plain(), Plain(), SaliencyMasking(0.3)
     fit(whole, SaliencyMasking(0.3), max_epochs=3)
     with monkeypatch.context() as patch:
-        patch.setattr("salun_lightning.saliency.masking.saliency_scores", Mock(side_effect=AssertionError("computed again")))
+        patch.setattr("salun_lightning.saliency.source.saliency_scores", Mock(side_effect=AssertionError("computed again")))
         fit(resumed, callback, ckpt_path=first.path, max_epochs=3)
     assert callback.mask == first.callback.mask
     assert callback.mask.metadata == first.callback.mask.metadata
