@@ -1,6 +1,6 @@
 """The callback that decides which weights may move, and holds the others still."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -13,7 +13,6 @@ from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
 from lightning.pytorch.strategies.xla import XLAStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from typing_extensions import override
 
 from salun_lightning.saliency.forget_set import forget_batches
@@ -22,10 +21,11 @@ from salun_lightning.saliency.mask import SaliencyMask
 from salun_lightning.saliency.scores import Score, check_score, saliency_scores
 from salun_lightning.saliency.selection import num_kept
 from salun_lightning.saliency.twins import is_a
-from salun_lightning.weights import fingerprint, weights_of
+from salun_lightning.weights import fingerprint, reshard, weights_of
 
 _SERVED = SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy
 _NOT_SERVED = DeepSpeedStrategy, XLAStrategy, SingleDeviceXLAStrategy  # though they derive from those
+_LOOKS = "save_checkpoint", "validation_step"  # calls of a strategy that show weights to somebody
 Uncovered = Literal["frozen", "free"]
 
 
@@ -118,9 +118,7 @@ class SaliencyMasking(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for child in pl_module.modules():
-            if isinstance(child, FSDPModule):
-                child.reshard()  # a validation before training leaves gathered weights in the place of the trained ones
+        reshard(pl_module)
         trainable = weights_of(pl_module)
         optimized = {weight for optimizer in trainer.optimizers for weight in parameters_of(optimizer)}
         weights = {name: weight for name, weight in trainable.items() if weight in optimized} or trainable
@@ -138,7 +136,7 @@ class SaliencyMasking(Callback):
             if is_a(callback, WeightAveraging) and callback._average_model is not None:
                 self._held.hold_copy(callback._average_model.module)
         self._held.settle()  # the average may have been copied before the original model was loaded
-        self._settle_before_saving(trainer)
+        self._settle_before_looks(trainer)
         others = [weight for weight in trainable.values() if weight not in self._held.weights]
         self.report = {"num_without_optimizer": sum(weight.numel() for weight in others if weight not in self._held.uncovered)}
         rank_zero_info(f"SaliencyMasking: {self.mask}")
@@ -148,17 +146,25 @@ class SaliencyMasking(Callback):
                 f" {self._held.num_uncovered:,} that the mask does not cover ({self.policy['uncovered']})"
             )
 
-    def _settle_before_saving(self, trainer: Trainer) -> None:
-        """A hook of the module may write to weights when a checkpoint has been put together of references to them."""
-        held, save = self._held, trainer.strategy.save_checkpoint
+    def _settle_before_looks(self, trainer: Trainer) -> None:
+        """Hooks of later callbacks and of the module run after ours, and they may write to weights, too.
+
+        They may do so even when a checkpoint has been put together of references to the weights.
+        """
+        held, strategy = self._held, trainer.strategy
         assert held is not None
 
-        def settle_and_save(*arguments: Any, **keywords: Any) -> None:
-            held.settle()
-            held.check_replaced()
-            save(*arguments, **keywords)
+        def settled(call: Callable[..., Any], saves: bool) -> Callable[..., Any]:
+            def settle_and_call(*arguments: Any, **keywords: Any) -> Any:
+                held.settle()
+                if saves:
+                    held.check_replaced()
+                return call(*arguments, **keywords)
 
-        trainer.strategy.save_checkpoint = settle_and_save  # type: ignore[method-assign]
+            return settle_and_call
+
+        for name in _LOOKS:
+            setattr(strategy, name, settled(getattr(strategy, name), saves=name == "save_checkpoint"))
 
     def _make_mask(self, trainer: Trainer, pl_module: LightningModule, weights: Mapping[str, nn.Parameter]) -> SaliencyMask:
         made_from = {
@@ -223,7 +229,7 @@ class SaliencyMasking(Callback):
 
     # where somebody may look at weights: what was written to them since the last step is undone
     on_train_batch_start = on_train_batch_end = on_train_epoch_end = _settle
-    on_validation_start = on_validation_batch_start = on_validation_end = on_train_end = _settle
+    on_validation_start = on_validation_end = on_train_end = _settle
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -254,14 +260,14 @@ class SaliencyMasking(Callback):
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self._held is not None:
+            self._held.put_back()  # perhaps it was in the middle of an optimizer step, or a hook wrote at the end of training
             self._held.release()
-            del trainer.strategy.save_checkpoint  # ours, in front of that of the class
+            for name in _LOOKS:
+                delattr(trainer.strategy, name)  # ours, in front of that of the class
         self._held = None
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if self._held is not None:
-            self._held.put_back()  # perhaps it was in the middle of an optimizer step
         self.teardown(trainer, pl_module, "fit")
 
     @override
