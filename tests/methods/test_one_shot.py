@@ -100,8 +100,11 @@ def test_ssd_is_that_of_the_reference(tmp_path: Path, alpha: float, dampening: f
     assert 0 < dampened < sum(weight.numel() for weight in reference.parameters())
 
 
-def test_no_weight_matters_infinitely_more_to_the_forget_set(tmp_path: Path) -> None:
-    assert same(weights(edited(tmp_path, SSD(alpha=float("inf"))).network), weights(network()))
+@pytest.mark.parametrize("alpha", [5.0, 10.0, float("inf")])
+def test_an_alpha_that_no_weight_can_reach_is_refused(tmp_path: Path, alpha: float) -> None:
+    """The forget set has 12 of 60 samples, so its mean is at most 5 times that of all."""
+    with pytest.raises(MisconfigurationException, match=rf"alpha {alpha} would leave every .* 12 of 60 .* more than 5 times"):
+        edited(tmp_path, SSD(alpha))
 
 
 class AddsOne(OneShot):
