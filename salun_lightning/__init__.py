@@ -1,49 +1,26 @@
 """Machine unlearning with PyTorch Lightning: SalUn and the methods it is compared with.
 
-The names below are imported on first use, so that ``import salun_lightning`` costs nothing.
+The names are those that the packages below list in their ``__all__``. They are imported on first use, so that
+``import salun_lightning`` costs nothing.
 """
 
 from importlib import import_module
 from importlib.metadata import version
 from typing import Any
 
-_WHERE = {
-    "CIFAR100DataModule": "data",
-    "CIFAR10DataModule": "data",
-    "ClassDiffusion": "modules.diffusion",
-    "DigitsDataModule": "data",
-    "ESD": "methods",
-    "FineTune": "methods",
-    "ForgetClasses": "data",
-    "ForgetIndices": "data",
-    "ForgetRandom": "data",
-    "ForgetRetainDataModule": "data",
-    "GenerationQuality": "metrics",
-    "GradientAscent": "methods",
-    "ImageClassifier": "modules",
-    "ImageFolderDataModule": "data",
-    "MembershipInference": "metrics",
-    "Method": "methods",
-    "NegGradPlus": "methods",
-    "RandomLabel": "methods",
-    "Remap": "methods",
-    "STL10DataModule": "data",
-    "SVHNDataModule": "data",
-    "SaliencyMask": "saliency",
-    "SaliencyMasking": "saliency",
-    "Sampling": "modules.sampling",
-    "SelectiveAmnesia": "methods",
-    "SmallResNet": "networks",
-    "TorchvisionClassifier": "networks",
-    "export_state_dict": "networks.loading",
-    "saliency_scores": "saliency",
-}
+_PACKAGES = ("data", "methods", "metrics", "modules", "networks", "saliency")
 
-__all__ = sorted(_WHERE)  # noqa: PLE0605
 __version__ = version("salun_lightning")
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
-        raise AttributeError(f"module 'salun_lightning' has no attribute '{name}'")
-    return getattr(import_module(f"salun_lightning.{_WHERE[name]}"), name)
+    if name == "__all__":
+        return sorted({name for package in _PACKAGES for name in _package(package).__all__})
+    for package in _PACKAGES if not name.startswith("_") else ():
+        if name in _package(package).__all__:
+            return getattr(_package(package), name)
+    raise AttributeError(f"module 'salun_lightning' has no attribute '{name}'")
+
+
+def _package(name: str) -> Any:
+    return import_module(f"salun_lightning.{name}")

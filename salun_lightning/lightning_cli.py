@@ -20,7 +20,8 @@ import salun_lightning.methods
 import salun_lightning.modules
 import salun_lightning.networks  # noqa: F401  # classes of imported modules can be named without their module
 from salun_lightning.cli import program
-from salun_lightning.methods import FineTune
+from salun_lightning.methods import load_offered
+from salun_lightning.methods.finetune import FineTune
 from salun_lightning.modules import ImageWriter, ProbabilityWriter
 from salun_lightning.modules.base import UnlearningModule
 from salun_lightning.run_folder import (
@@ -78,6 +79,7 @@ class UnlearningCLI(LightningCLI):
     """
 
     def __init__(self, args: ArgsType = None, **kwargs: Any) -> None:
+        load_offered()
         self._words = args if isinstance(args, list) else sys.argv[1:]
         super().__init__(
             LightningModule,

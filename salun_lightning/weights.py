@@ -2,12 +2,15 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+_PATTERNS = {"xattn": r"(^|\.)attn2\."}  # cross-attention, as diffusers calls it
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -46,6 +49,34 @@ def weights_of(module: nn.Module) -> dict[str, nn.Parameter]:
     """The weights of a module that can be trained (those that require gradients), by plain name."""
     weights = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
     return {plain: weights[name] for name, plain in plain_names(weights).items()}
+
+
+def train_only(network: nn.Module, pattern: str) -> None:
+    """Freeze the weights of a network in whose plain names a pattern is not found.
+
+    Args:
+        network: The network.
+        pattern: A regular expression, or the name of one.
+
+    Raises:
+        ValueError: It is found in none.
+    """
+    weights = weights_of(network)
+    chosen = {name for name in weights if re.search(_PATTERNS.get(pattern, pattern), name)}
+    if not chosen:
+        raise ValueError(
+            f"trainable '{pattern}' is found in the name of no weight of the network, so nothing would be trained. Its weights"
+            f" are called like '{next(iter(weights), '')}'."
+        )
+    for name in weights.keys() - chosen:
+        weights[name].requires_grad_(False)
+
+
+def reshard(module: nn.Module) -> None:
+    """Put the trained shards back in the place of gathered weights, which a validation before training leaves behind."""
+    for child in module.modules():
+        if isinstance(child, FSDPModule):
+            child.reshard()
 
 
 def renamings(names: Iterable[str], known: Iterable[str]) -> list[dict[str, str]]:

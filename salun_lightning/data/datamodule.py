@@ -245,6 +245,19 @@ class ForgetRetainDataModule(LightningDataModule):
         sampler = FixedOrder(self.forget_indices, self.batch_size)
         return self._loader(self._training_samples(self.eval_transform, marked), sampler)
 
+    def set_dataloader(self, name: str) -> DataLoader[Any]:
+        """A whole set: all of it on every process, in order, with evaluation transforms.
+
+        Args:
+            name: ``forget``, ``retain``, ``val``, ``test`` or ``test_forget``.
+
+        Raises:
+            ValueError: There is no set of that name.
+        """
+        if name not in self._sets:
+            raise ValueError(f"There is no set '{name}'. Choose from {', '.join(self._sets)}.")
+        return self._in_order(name, 1, 0)
+
     def probe(self) -> Samples:
         """Two samples as evaluation prepares them, to try a network on; after ``setup``."""
         return self._training_samples(self.eval_transform).samples(torch.cat([self.forget_indices, self.retain_indices])[:2])
@@ -265,14 +278,12 @@ class ForgetRetainDataModule(LightningDataModule):
         return self._generated() or self._evaluation(*self._sets)
 
     def _evaluation(self, *names: str) -> dict[str, DataLoader[Any]]:
-        loaders = {}
-        for name in names:
-            source, targets, positions = self._sets[name]
-            if len(positions):
-                sampler = FixedOrder(positions, self.batch_size, *self._replicas())
-                batches = SampleBatches(source, self.eval_transform, targets=targets, keys=self.keys)
-                loaders[name] = self._loader(batches, sampler)
-        return loaders
+        return {name: self._in_order(name, *self._replicas()) for name in names if len(self._sets[name][2])}
+
+    def _in_order(self, name: str, num_replicas: int, rank: int) -> DataLoader[Any]:
+        source, targets, positions = self._sets[name]
+        batches = SampleBatches(source, self.eval_transform, targets=targets, keys=self.keys)
+        return self._loader(batches, FixedOrder(positions, self.batch_size, num_replicas, rank))
 
     def _generated(self) -> dict[str, DataLoader[Any]]:
         if not len(self._requests):

@@ -1,6 +1,7 @@
 """ESD: steer the model away from what it would draw for a class."""
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -8,7 +9,11 @@ from torch.nn import functional
 from typing_extensions import override
 
 from salun_lightning.data import Order, Samples
-from salun_lightning.methods.base import Method, Trainee
+from salun_lightning.methods.base import Kind, Method, part
+
+if TYPE_CHECKING:
+    from salun_lightning.modules.base import UnlearningModule
+    from salun_lightning.modules.diffusion import ClassDiffusion
 
 
 class ESD(Method):
@@ -33,6 +38,7 @@ class ESD(Method):
 
     order: Order = "forget"
     needs_original = True
+    kind: Kind = "diffusion"
 
     def __init__(self, strength: float = 1.0, start_guidance: float = 3.0, steps: int = 50) -> None:
         if not strength >= 0:
@@ -44,8 +50,8 @@ class ESD(Method):
         self.steps = steps
 
     @override
-    def loss(self, module: Trainee, batch: Mapping[str, Samples]) -> Tensor:
-        model, targets = self.denoiser(module), self.part(batch, "forget").targets
+    def loss(self, module: "UnlearningModule", batch: Mapping[str, Samples]) -> Tensor:
+        model, targets = cast("ClassDiffusion", module), part(batch, "forget", self).targets
         with torch.no_grad():
             noisy, timesteps = model.partly_sampled(targets, self.start_guidance, self.steps)
             without = model.denoise(noisy, timesteps, original=True)

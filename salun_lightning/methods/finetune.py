@@ -1,13 +1,16 @@
 """Plain training: of the original model, of the retrained model, and FT."""
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 from typing_extensions import override
 
 from salun_lightning.data import Order, Samples, joined
-from salun_lightning.methods.base import Method, Trainee
+from salun_lightning.methods.base import Method
+
+if TYPE_CHECKING:
+    from salun_lightning.modules.base import UnlearningModule
 
 
 class FineTune(Method):
@@ -24,5 +27,5 @@ class FineTune(Method):
         self.order: Order = order
 
     @override
-    def loss(self, module: Trainee, batch: Mapping[str, Samples]) -> Tensor:
+    def loss(self, module: "UnlearningModule", batch: Mapping[str, Samples]) -> Tensor:
         return module.task_loss(joined(list(batch.values())))

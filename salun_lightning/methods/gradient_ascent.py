@@ -1,12 +1,16 @@
 """GA: climb the loss of the forget set."""
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 from typing_extensions import override
 
 from salun_lightning.data import Order, Samples
-from salun_lightning.methods.base import Method, Trainee
+from salun_lightning.methods.base import Method, part
+
+if TYPE_CHECKING:
+    from salun_lightning.modules.base import UnlearningModule
 
 
 class GradientAscent(Method):
@@ -18,5 +22,5 @@ class GradientAscent(Method):
     order: Order = "forget"
 
     @override
-    def loss(self, module: Trainee, batch: Mapping[str, Samples]) -> Tensor:
-        return -module.task_loss(self.part(batch, "forget"))
+    def loss(self, module: "UnlearningModule", batch: Mapping[str, Samples]) -> Tensor:
+        return -module.task_loss(part(batch, "forget", self))

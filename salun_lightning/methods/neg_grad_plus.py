@@ -1,12 +1,16 @@
 """NegGrad+: descend on the retain set while climbing on the forget set."""
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 from typing_extensions import override
 
 from salun_lightning.data import Order, Samples
-from salun_lightning.methods.base import Method, Trainee
+from salun_lightning.methods.base import Method, part
+
+if TYPE_CHECKING:
+    from salun_lightning.modules.base import UnlearningModule
 
 
 class NegGradPlus(Method):
@@ -24,6 +28,6 @@ class NegGradPlus(Method):
         self.alpha = alpha
 
     @override
-    def loss(self, module: Trainee, batch: Mapping[str, Samples]) -> Tensor:
-        retain, forget = module.task_loss(self.part(batch, "retain")), module.task_loss(self.part(batch, "forget"))
+    def loss(self, module: "UnlearningModule", batch: Mapping[str, Samples]) -> Tensor:
+        retain, forget = module.task_loss(part(batch, "retain", self)), module.task_loss(part(batch, "forget", self))
         return self.alpha * retain - (1 - self.alpha) * forget

@@ -1,13 +1,16 @@
 """RL: train what is to be forgotten on wrong labels. With a saliency mask, this is SalUn."""
 
 from collections.abc import Mapping
-from typing import Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from torch import Tensor
 from typing_extensions import override
 
 from salun_lightning.data import Order, Samples, joined, run_seed
-from salun_lightning.methods.base import Method, Trainee
+from salun_lightning.methods.base import Method
+
+if TYPE_CHECKING:
+    from salun_lightning.modules.base import UnlearningModule
 
 _MASK_32 = 0xFFFFFFFF
 _Numbers = TypeVar("_Numbers", int, Tensor)
@@ -38,7 +41,7 @@ class RandomLabel(Method):
         self.order: Order = order
 
     @override
-    def loss(self, module: Trainee, batch: Mapping[str, Samples]) -> Tensor:
+    def loss(self, module: "UnlearningModule", batch: Mapping[str, Samples]) -> Tensor:
         parts = dict(batch)
         if "forget" in parts:
             epoch = module.current_epoch if self.redraw else 0

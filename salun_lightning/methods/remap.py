@@ -1,15 +1,20 @@
 """Remap: answer for a forgotten class as for another one. With a saliency mask, this is SalUn for diffusion models."""
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.nn import functional
 from typing_extensions import override
 
 from salun_lightning.data import Order, Samples
-from salun_lightning.methods.base import Method, Trainee
+from salun_lightning.methods.base import Kind, Method, part
+
+if TYPE_CHECKING:
+    from salun_lightning.modules.base import UnlearningModule
+    from salun_lightning.modules.diffusion import ClassDiffusion
 
 
 class Remap(Method):
@@ -35,6 +40,7 @@ class Remap(Method):
 
     order: Order = "paired"
     needs_original = True
+    kind: Kind = "diffusion"
 
     def __init__(self, alpha: float = 1.0, to: Literal["next", "random"] | int = "next") -> None:
         if not alpha >= 0:
@@ -45,8 +51,9 @@ class Remap(Method):
         self.to = to
 
     @override
-    def start(self, module: Trainee) -> None:
-        retained = self.denoiser(module).retained_classes.tolist()
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        module = cast("ClassDiffusion", pl_module)
+        retained = module.retained_classes.tolist()
         if isinstance(self.to, int) and self.to not in retained:
             raise ValueError(f"Class {self.to} cannot stand in for what is forgotten: the retained classes are {retained}.")
         if isinstance(self.to, int) and len(retained) == module.num_classes:
@@ -55,13 +62,13 @@ class Remap(Method):
             raise ValueError("No class is retained that a forgotten one could be remapped to.")
 
     @override
-    def loss(self, module: Trainee, batch: Mapping[str, Samples]) -> Tensor:
-        model, forget = self.denoiser(module), self.part(batch, "forget")
+    def loss(self, module: "UnlearningModule", batch: Mapping[str, Samples]) -> Tensor:
+        model, forget = cast("ClassDiffusion", module), part(batch, "forget", self)
         noisy, timesteps, _ = model.noised(forget)
         with torch.no_grad():
             other = model.denoise(noisy, timesteps, self.remapped(forget.targets, model.retained_classes), original=True)
         loss = functional.mse_loss(model.denoise(noisy, timesteps, forget.targets), other)
-        return loss + self.alpha * model.task_loss(self.part(batch, "retain")) if self.alpha else loss
+        return loss + self.alpha * model.task_loss(part(batch, "retain", self)) if self.alpha else loss
 
     def remapped(self, targets: Tensor, retained: Tensor) -> Tensor:
         """The class in the place of each class.

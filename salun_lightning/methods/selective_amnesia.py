@@ -2,16 +2,21 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, cast
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from typing_extensions import override
 
 from salun_lightning.data import Order, Samples
-from salun_lightning.methods.base import Denoiser, Method, Trainee
-from salun_lightning.saliency import saliency_scores
+from salun_lightning.methods.base import Kind, Method, part
+from salun_lightning.saliency import gradient_sums
 from salun_lightning.weights import plain_name
+
+if TYPE_CHECKING:
+    from salun_lightning.modules.base import UnlearningModule
+    from salun_lightning.modules.diffusion import ClassDiffusion
 
 _BATCH = 256
 
@@ -27,7 +32,8 @@ class SelectiveAmnesia(Method):
     diagonal Fisher information of the original model: the square of the gradient of the loss of one image, averaged over drawn
     images of all classes. All losses are means over elements here, and that of one image also over ``timesteps`` noise levels.
     (The released code sums over elements and over all 1,000 timesteps, so its lambda of 10 is far larger in these units.) Both
-    are computed anew whenever training starts or is resumed, from the same random numbers.
+    are computed anew whenever training starts or is resumed, from the same random numbers: as a part of every checkpoint,
+    :math:`F` would make it larger by the size of the network, and by shards of it where the network is sharded.
 
     Args:
         fisher_weight: :math:`\lambda`.
@@ -41,6 +47,7 @@ class SelectiveAmnesia(Method):
 
     order: Order = "forget"
     needs_original = True
+    kind: Kind = "diffusion"
 
     def __init__(self, fisher_weight: float = 1e4, replay_weight: float = 1.0, images: int = 50, timesteps: int = 20) -> None:
         if not (fisher_weight >= 0 and replay_weight >= 0):
@@ -55,19 +62,18 @@ class SelectiveAmnesia(Method):
         self._tied: list[tuple[nn.Parameter, Tensor, Tensor]] = []
 
     @override
-    def start(self, module: Trainee) -> None:
-        assert isinstance(module, LightningModule)
-        model = self.denoiser(module)
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        model = cast("ClassDiffusion", pl_module)
         drawn = self._drawn(model)
         retained = torch.isin(drawn.targets, model.retained_classes.to(drawn.targets.device))
         self._replay = Samples(*(field[retained] for field in drawn))
         with _original_weights(model):
-            fisher = saliency_scores(
-                module,
+            fisher = gradient_sums(
+                model,
                 _in_batches(drawn),
-                "fisher",
-                strategy=module.trainer.strategy,
+                squared=True,
                 loss=lambda image: model.seeded_loss(_repeated(image, self.timesteps)),
+                strategy=trainer.strategy,
             )
         originals = dict(model.reference.named_parameters())
         self._tied = [
@@ -76,7 +82,7 @@ class SelectiveAmnesia(Method):
             if weight.requires_grad
         ]
 
-    def _drawn(self, model: Denoiser) -> Samples:
+    def _drawn(self, model: "ClassDiffusion") -> Samples:
         """Images of every class by the original model."""
         numbers = torch.arange(model.num_classes * self.images)
         wanted = Samples(numbers, numbers // self.images, numbers)
@@ -86,8 +92,8 @@ class SelectiveAmnesia(Method):
         return Samples(images, wanted.targets.to(images.device), wanted.indices.to(images.device))
 
     @override
-    def loss(self, module: Trainee, batch: Mapping[str, Samples]) -> Tensor:
-        forget = self.part(batch, "forget")
+    def loss(self, module: "UnlearningModule", batch: Mapping[str, Samples]) -> Tensor:
+        forget = part(batch, "forget", self)
         loss = module.task_loss(forget._replace(inputs=torch.rand_like(forget.inputs)))
         if self.replay_weight:
             rows = torch.randint(len(self._replay.targets), (len(forget.targets),), device=forget.targets.device)
@@ -98,7 +104,7 @@ class SelectiveAmnesia(Method):
 
 
 @contextmanager
-def _original_weights(model: Denoiser) -> Iterator[None]:
+def _original_weights(model: "ClassDiffusion") -> Iterator[None]:
     """The network with the original weights, which it no longer has when training is resumed."""
     now = {name: tensor.clone() for name, tensor in model.network.state_dict().items()}
     model.network.load_state_dict(model.reference.state_dict())

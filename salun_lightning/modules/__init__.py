@@ -1,11 +1,22 @@
 """The LightningModules.
 
-``ClassDiffusion`` is imported by its own name only, because diffusers takes seconds to import.
+What needs diffusers is imported on first use, because that takes seconds.
 """
+
+from importlib import import_module
+from typing import Any
 
 from salun_lightning.modules.base import UnlearningModule
 from salun_lightning.modules.classifier import ImageClassifier
 from salun_lightning.modules.image_writer import ImageWriter
 from salun_lightning.modules.writer import ProbabilityWriter
 
-__all__ = ["ImageClassifier", "ImageWriter", "ProbabilityWriter", "UnlearningModule"]
+_SLOW = {"ClassDiffusion": "diffusion", "Sampling": "sampling"}
+
+__all__ = ["ClassDiffusion", "ImageClassifier", "ImageWriter", "ProbabilityWriter", "Sampling", "UnlearningModule"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _SLOW:
+        raise AttributeError(f"module 'salun_lightning.modules' has no attribute '{name}'")
+    return getattr(import_module(f"salun_lightning.modules.{_SLOW[name]}"), name)

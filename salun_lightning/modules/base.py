@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 import numpy as np
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from salun_lightning.data import ForgetRetainDataModule, Order, Samples, epoch_seed, run_seed
-from salun_lightning.methods import FineTune, Method
+from salun_lightning.methods.base import Kind, Method, check_kind
+from salun_lightning.methods.finetune import FineTune
 from salun_lightning.modules.record import KEY, arguments_from, check_resumed, record_of
 from salun_lightning.modules.trouble import Divergence, batch_norm_explained
 from salun_lightning.networks.loading import load_weights, read_checkpoint
+from salun_lightning.weights import train_only
 
 SETS = ("forget", "retain", "val", "test", "test_forget")
 
@@ -41,7 +43,15 @@ class UnlearningModule(LightningModule, ABC):
         optimizer: Makes the optimizer from the parameters.
         lr_scheduler: Makes the learning-rate scheduler from the optimizer.
         lr_interval: Whether the scheduler steps each epoch or each optimizer step.
+        trainable: Which weights are trained, and so covered by a mask: a regular expression that is searched in their plain
+            names, such as ``^layer4``, or ``xattn``, the cross-attention of diffusers. None for all of the network.
+
+    Raises:
+        ValueError: The method is not for this kind of model, or no weight is trained.
     """
+
+    kind: Kind = "any"
+    """The kind of model, which methods ask for."""
 
     def __init__(
         self,
@@ -51,21 +61,28 @@ class UnlearningModule(LightningModule, ABC):
         optimizer: OptimizerCallable = lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, weight_decay=5e-4),
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_interval: Literal["epoch", "step"] = "epoch",
+        trainable: str | None = None,
     ) -> None:
         super().__init__()
         self.network = network
         self.method = FineTune() if method is None else method
+        check_kind(self.method, self)
+        if trainable is not None:
+            train_only(network, trainable)
         self.original = original
         self.make_optimizer = optimizer
         self.make_lr_scheduler = lr_scheduler
         self.lr_interval = lr_interval
         self._started = False
-        self._divergence = Divergence()
         self._reference: list[nn.Module] = []  # in a list, so that it is neither a part of this module nor saved with it
 
     @abstractmethod
+    def losses(self, samples: Samples) -> Tensor:
+        """The ordinary training loss of each sample, (B,)."""
+
     def task_loss(self, samples: Samples) -> Tensor:
         """The ordinary training loss, as a mean over the samples; a scalar."""
+        return self.losses(samples).mean()
 
     def forget_loss(self, samples: Samples) -> Tensor:
         """The loss whose gradient over the forget set is the saliency: by default the task loss (its sign does not matter)."""
@@ -84,21 +101,45 @@ class UnlearningModule(LightningModule, ABC):
     @property
     def num_classes(self) -> int:
         """The number of classes, as the datamodule has it."""
-        number: int | None = getattr(self.datamodule, "num_classes", None)
-        if number is None:
+        if not hasattr(self.datamodule, "num_classes"):
             raise MisconfigurationException("The number of classes is not known: give the datamodule an attribute num_classes.")
-        return number
+        return int(self.datamodule.num_classes)
+
+    @override
+    def configure_callbacks(self) -> list[Callback]:
+        """Attach the method, so that Lightning calls its hooks."""
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        callbacks[:] = [callback for callback in callbacks if not isinstance(callback, Method)]  # of a module trained before
+        return [self.method]
 
     @override
     def setup(self, stage: str) -> None:
-        if stage == "fit":  # before the strategy wraps or shards the network; a resumed run restores its own weights later
-            used = self._started  # the network may hold other weights, of training or of a test before
-            self._start()
-            if self.method.needs_original:
-                reference = deepcopy(self.network).eval().requires_grad_(False)
-                if used and self.original is not None:
-                    load_weights(reference, read_checkpoint(self.original))
-                self._reference = [reference]
+        if stage != "fit":
+            return  # it is not known yet whether a checkpoint will be loaded
+        used = self._started  # the network may hold other weights, of training or of a test before
+        self._load_original()  # before the strategy wraps or shards the network; a resumed run restores its own weights later
+        if self.method.needs_original:
+            reference = deepcopy(self.network).eval().requires_grad_(False)
+            if used and self.original is not None:
+                load_weights(reference, read_checkpoint(self.original))
+            self._reference = [reference]
+
+    def _load_original(self) -> None:
+        """Load the original model, unless training or a checkpoint has already put other weights in place."""
+        if self.original is None or self._started:
+            return
+        checkpoint = read_checkpoint(self.original)
+        check_training_set(checkpoint, self.datamodule)
+        self.check_original(checkpoint)
+        load_weights(self.network, checkpoint)
+        self._started = True
+
+    def check_original(self, checkpoint: Mapping[str, Any]) -> None:
+        """Refuse an original model that does not fit this module; by default any does whose weights fit the network.
+
+        Args:
+            checkpoint: What ``read_checkpoint`` returned.
+        """
 
     @property
     def reference(self) -> nn.Module:
@@ -138,8 +179,14 @@ class UnlearningModule(LightningModule, ABC):
             kwargs = {**arguments_from(cls, checkpoint), **kwargs}
         return super().load_from_checkpoint(checkpoint_path, *args, **{**kwargs, "weights_only": True})
 
+    def check_network(self) -> None:  # which depends on the kind of model
+        """Refuse a network that does not fit the data, before anything is spent on it."""
+
     @override
     def on_fit_start(self) -> None:
+        for reference in self._reference:  # to the device and precision of training, before the method asks it
+            reference.to(next(self.network.parameters()))
+        self._divergence = Divergence()
         self.check_network()
 
     @override
@@ -147,52 +194,16 @@ class UnlearningModule(LightningModule, ABC):
         if self.trainer.state.fn != TrainerFn.FITTING:
             self._start_evaluation()
 
-    @override
-    def on_test_start(self) -> None:
-        self._start_evaluation()
-
-    @override
-    def on_predict_start(self) -> None:
-        self._start_evaluation()
-
     def _start_evaluation(self) -> None:
         if self.original is not None and not self._started:
             rank_zero_warn(
                 f"Nothing was trained or loaded, so the original model '{self.original}' is evaluated. For another, give its"
                 " checkpoint as ckpt_path."
             )
-        self._start()
+        self._load_original()
         self.check_network()
 
-    def check_network(self) -> None:  # which depends on the kind of model
-        """Refuse a network that does not fit the data, before anything is spent on it."""
-
-    def _start(self) -> None:
-        """Load the original model, unless training or a checkpoint has already put other weights in place."""
-        if self.original is None or self._started:
-            return
-        checkpoint = read_checkpoint(self.original)
-        datamodule = self.datamodule
-        for part in checkpoint.values():  # one of them may be the state of the datamodule, under the name of its class
-            if isinstance(datamodule, ForgetRetainDataModule) and isinstance(part, Mapping) and "training_set" in part:
-                datamodule.check_training_set(part)
-        self.check_original(checkpoint)
-        load_weights(self.network, checkpoint)
-        self._started = True
-
-    def check_original(self, checkpoint: Mapping[str, Any]) -> None:
-        """Refuse an original model that does not fit this module; by default any does whose weights fit the network.
-
-        Args:
-            checkpoint: What ``read_checkpoint`` returned.
-        """
-
-    @override
-    def on_train_start(self) -> None:
-        self._divergence = Divergence()
-        for reference in self._reference:  # to the device and precision of training
-            reference.to(next(self.network.parameters()))
-        self.method.start(self)
+    on_test_start = on_predict_start = _start_evaluation
 
     @override
     def on_fit_end(self) -> None:
@@ -200,10 +211,7 @@ class UnlearningModule(LightningModule, ABC):
 
     @override
     def on_train_epoch_start(self) -> None:
-        seed = epoch_seed(run_seed(), self.current_epoch, self.global_rank)
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        torch.manual_seed(seed)
+        seed_all(epoch_seed(run_seed(), self.current_epoch, self.global_rank))
 
     @override
     def training_step(self, batch: Mapping[str, Samples]) -> Tensor:
@@ -228,6 +236,20 @@ class UnlearningModule(LightningModule, ABC):
         monitor = getattr(scheduler, "monitor", None)  # of Lightning's ReduceLROnPlateau
         how = {"scheduler": scheduler, "interval": self.lr_interval, "monitor": monitor}
         return {"optimizer": optimizer, "lr_scheduler": how}
+
+
+def check_training_set(checkpoint: Mapping[str, Any], datamodule: Any) -> None:
+    """Refuse an original model that was trained on another training set than that of our datamodule."""
+    for part in checkpoint.values():  # one of them may be the state of the datamodule, under the name of its class
+        if isinstance(datamodule, ForgetRetainDataModule) and isinstance(part, Mapping) and "training_set" in part:
+            datamodule.check_training_set(part)
+
+
+def seed_all(seed: int) -> None:
+    """Seed the random numbers of Python, NumPy and torch; without the line that Lightning prints for it."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
 
 
 def set_name(module: LightningModule, loaders: Any, number: int) -> str:

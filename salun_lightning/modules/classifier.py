@@ -38,6 +38,8 @@ class ImageClassifier(UnlearningModule):
         **kwargs: See ``UnlearningModule``.
     """
 
+    kind = "classifier"
+
     def __init__(self, network: nn.Module, channels_last: bool = False, **kwargs: Any) -> None:
         super().__init__(network, **kwargs)
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -92,9 +94,9 @@ class ImageClassifier(UnlearningModule):
             )
 
     @override
-    def task_loss(self, samples: Samples) -> Tensor:
-        """Cross-entropy, as a mean over the samples."""
-        return functional.cross_entropy(self(samples.inputs), samples.targets)
+    def losses(self, samples: Samples) -> Tensor:
+        """The cross-entropy of each sample, (B,)."""
+        return functional.cross_entropy(self(samples.inputs), samples.targets, reduction="none")
 
     @override
     def validation_step(self, samples: Samples, batch_idx: int, dataloader_idx: int = 0) -> None:

@@ -46,6 +46,8 @@ class ClassDiffusion(UnlearningModule):
         ValueError: The scheduler does not fit, or there is guidance or label dropout without a null class.
     """
 
+    kind = "diffusion"
+
     def __init__(
         self,
         network: nn.Module,
@@ -203,14 +205,15 @@ class ClassDiffusion(UnlearningModule):
         return noisy, timesteps, self.process.get_velocity(images, noise, timesteps)
 
     @override
-    def task_loss(self, samples: Samples) -> Tensor:
-        """The squared error of the prediction, as a mean over all elements (Ho et al., NeurIPS 2020, equation 14)."""
+    def losses(self, samples: Samples) -> Tensor:
+        """The squared error of each prediction, as a mean over its elements (Ho et al., NeurIPS 2020, equation 14)."""
         noisy, timesteps, wanted = self.noised(samples)
         targets = samples.targets
         if self.label_dropout and self.training:
             dropped = torch.rand(len(targets), device=targets.device) < self.label_dropout
             targets = torch.where(dropped, self.null_class or 0, targets)
-        return functional.mse_loss(self.denoise(noisy, timesteps, targets), wanted)
+        error = functional.mse_loss(self.denoise(noisy, timesteps, targets), wanted, reduction="none")
+        return error.flatten(1).mean(1)
 
     @override
     def forget_loss(self, samples: Samples) -> Tensor:

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from salun_lightning.data import run_seed
-from salun_lightning.methods import Method
+from salun_lightning.methods.base import Method
 
 KEY = "made_by"
 _TRUSTED = {"salun_lightning", "torch", "torchvision", "diffusers", "timm", "transformers"}

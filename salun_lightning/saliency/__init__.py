@@ -1,7 +1,8 @@
 """Which weights may move. Knows tensors and their names; knows nothing of images, datasets or methods."""
 
+from salun_lightning.saliency.gradients import gradient_sums
 from salun_lightning.saliency.mask import SaliencyMask
 from salun_lightning.saliency.masking import SaliencyMasking
 from salun_lightning.saliency.scores import Score, saliency_scores
 
-__all__ = ["SaliencyMask", "SaliencyMasking", "Score", "saliency_scores"]
+__all__ = ["SaliencyMask", "SaliencyMasking", "Score", "gradient_sums", "saliency_scores"]

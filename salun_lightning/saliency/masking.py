@@ -18,7 +18,6 @@ from lightning.pytorch.strategies import (
 from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
 from lightning.pytorch.strategies.xla import XLAStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch.distributed.fsdp import FSDPModule
 from typing_extensions import override
 
 from salun_lightning.saliency.held import HeldModule, parameters_of
@@ -26,7 +25,7 @@ from salun_lightning.saliency.mask import SaliencyMask
 from salun_lightning.saliency.scores import Score
 from salun_lightning.saliency.source import MaskSource
 from salun_lightning.saliency.twins import is_a
-from salun_lightning.weights import weights_of
+from salun_lightning.weights import reshard, weights_of
 
 _SERVED = SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy
 _NOT_SERVED = DeepSpeedStrategy, XLAStrategy, SingleDeviceXLAStrategy  # though they derive from those
@@ -115,9 +114,7 @@ class SaliencyMasking(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for child in pl_module.modules():
-            if isinstance(child, FSDPModule):
-                child.reshard()  # a validation before training leaves gathered weights in the place of the trained ones
+        reshard(pl_module)
         trainable = weights_of(pl_module)
         optimized = {weight for optimizer in trainer.optimizers for weight in parameters_of(optimizer)}
         weights = {name: weight for name, weight in trainable.items() if weight in optimized} or trainable

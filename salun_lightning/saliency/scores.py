@@ -1,21 +1,14 @@
 """How salient each weight is: one pass over the forget set."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.plugins.precision import MixedPrecision
-from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy, Strategy
-from lightning.pytorch.utilities.data import extract_batch_size
-from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-from lightning_utilities.core.apply_func import apply_to_collection
+from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from salun_lightning.saliency.rehearsal import undisturbed
-from salun_lightning.saliency.twins import is_a
+from salun_lightning.saliency.gradients import at_least_float32, gradient_sums
 from salun_lightning.weights import weights_of
 
 Score = Literal["gradient", "fisher", "snip", "magnitude", "random"]
@@ -41,12 +34,9 @@ def saliency_scores(
     - ``magnitude``: :math:`|\theta|`, which does not look at the data.
     - ``random``: uniform numbers, the control.
 
-    The forget loss is ``loss``, or else ``module.forget_loss`` where the module has one, or else what ``module.training_step``
-    returns. Of batches that are dictionaries with the parts ``forget`` and ``retain`` only the former counts: a loss is handed
-    that part, ``training_step`` a dictionary of that part alone. A loss is taken as a mean over its batch and counts as many
-    times as the batch has samples, so the batch size does not matter. The network runs in eval mode and without autocast.
-    Gradients, logged values, metrics, random state, train/eval mode and buffers are left as they were found, and so are the
-    weights, of which a copy is kept while ``training_step`` runs: it may move those of a momentum or target network.
+    The forget loss, the network's mode and what is left as it was are those of ``gradient_sums``. Of batches that are
+    dictionaries with the parts ``forget`` and ``retain`` only the former counts: a loss is handed that part, ``training_step``
+    a dictionary of that part alone.
 
     One pass serves any number of ratios: hand the result to :meth:`SaliencyMask.from_scores` once for each.
 
@@ -74,26 +64,9 @@ def saliency_scores(
         generator = torch.Generator().manual_seed(seed)
         return {name: torch.rand(weight.shape, generator=generator) for name, weight in weights.items()}
     if score == "magnitude":
-        return {name: _at_least_float32(weight.detach()).abs() for name, weight in weights.items()}
-    forget_loss = loss or getattr(module, "forget_loss", None)
-    if forget_loss is None and not module.automatic_optimization:
-        raise ValueError(
-            f"{type(module).__name__} optimizes manually, so its training_step does not say which loss the saliency is of. Give"
-            " the module a forget_loss(batch) that returns a scalar tensor."
-        )
-    sums = _Sums(weights, squared=score == "fisher")
-    with undisturbed(module, weights=forget_loss is None) as put_back, torch.enable_grad():
-        for batch, share in _shares(batches, sums.squared, strategy):
-            ready = _ready(module, batch, strategy)
-            with _context(strategy):
-                value = _forget_loss(module, forget_loss, ready)
-            _backward(module, strategy, value * (share * extract_batch_size(ready)))
-            sums.harvest(weights.values(), eagerly=False)
-            if forget_loss is None:
-                put_back()
-        sums.harvest(weights.values())
-    scores = {}
-    for name, total in sums.over_ranks(strategy):
+        return {name: at_least_float32(weight.detach()).abs() for name, weight in weights.items()}
+    scores = gradient_sums(module, _forget_parts(batches), score == "fisher", loss, strategy, weights)
+    for name, total in scores.items():  # one by one: together they are as large as the network
         scores[name] = (total * weights[name].detach() if score == "snip" else total).abs()
     return scores
 
@@ -104,141 +77,14 @@ def check_score(score: str) -> None:
         raise ValueError(f"Unknown saliency score '{score}'; choose from {', '.join(get_args(Score))}.")
 
 
-class _Sums:
-    """Sums of gradients, at least in float32. Float32 gradients are summed by autograd where they already lie."""
-
-    def __init__(self, weights: Mapping[str, nn.Parameter], squared: bool) -> None:
-        self.weights = weights
-        self.squared = squared
-        self.totals: dict[nn.Parameter, Tensor] = {}
-
-    def harvest(self, parameters: Iterable[nn.Parameter], eagerly: bool = True) -> None:
-        """Move gradients into the totals. Unless ``eagerly``, leave those that may stay where they are."""
-        for parameter in parameters:
-            gradient = parameter.grad
-            if gradient is None or not (eagerly or self.squared or gradient.element_size() < 4):
-                continue
-            parameter.grad = None
-            gradient = _at_least_float32(gradient.to_dense() if gradient.is_sparse else gradient)
-            if self.squared:
-                gradient = gradient.square()
-            total = self.totals.get(parameter)
-            self.totals[parameter] = gradient if total is None else total.add_(gradient)
-
-    def over_ranks(self, strategy: Strategy | None) -> Iterator[tuple[str, Tensor]]:
-        """The totals of all ranks together, by weight name; zero where no gradient came."""
-        if not self.totals and self.weights:
-            raise ValueError(
-                "No gradient of the forget loss reaches a trainable weight, so there is no saliency. Check that forget_loss, or"
-                " training_step, uses the network's output."
-            )
-        sharded = is_a(strategy, ModelParallelStrategy)
-        for name, weight in self.weights.items():
-            total = self.totals.pop(weight, None)
-            if total is None:
-                total = torch.zeros_like(weight.detach(), dtype=_at_least_float32(weight.detach()).dtype)
-            if strategy is not None and not isinstance(total, DTensor):  # shards were averaged in the backward pass
-                total = strategy.reduce(total, reduce_op="mean" if sharded else "sum")
-            yield name, total
-
-
-def _at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor if tensor.element_size() >= 4 else tensor.float()
-
-
-def _shares(batches: Iterable[Any], squared: bool, strategy: Strategy | None) -> Iterator[tuple[Any, float]]:
-    """This rank's batches and how much each counts: equally many on every rank, because sharded passes are collective.
-
-    Sharded gradients come out as the mean over the ranks. Squares must be of one sample's gradient, so there every rank looks
-    at the same sample; sums are shared out, and multiplied by the number of ranks.
-    """
-    rank, world, factor = 0, 1, 1
-    sharded = is_a(strategy, ModelParallelStrategy)
-    if is_a(strategy, ParallelStrategy) and not (squared and sharded):
-        share = strategy.distributed_sampler_kwargs  # type: ignore[union-attr]
-        rank, world, factor = share["rank"], share["num_replicas"], share["num_replicas"] if sharded else 1
-    batches = _forget_parts(batches)
-    if squared:
-        batches = (sample for batch in batches for sample in _samples(batch))
-    group: list[Any] = []
+def _forget_parts(batches: Iterable[Any]) -> Iterator[Any]:
     found = False
     for batch in batches:
-        found = True
-        group.append(batch)
-        if len(group) == world:
-            yield group[rank], factor
-            group = []
-    if group:  # the ranks that are left over run along on a batch that does not count
-        yield (group[rank], factor) if rank < len(group) else (group[0], 0)
-    if not found:
-        raise ValueError("The forget set is empty, so there is no saliency. Check the forget request.")
-
-
-def _forget_parts(batches: Iterable[Any]) -> Iterator[Any]:
-    for batch in batches:
         if not isinstance(batch, Mapping) or batch.keys().isdisjoint({"forget", "retain"}):
+            found = True
             yield batch
         elif "forget" in batch:
+            found = True
             yield {"forget": batch["forget"]}
-
-
-def _samples(batch: Any) -> Iterator[Any]:
-    size = extract_batch_size(batch)
-    for i in range(size):
-        yield apply_to_collection(batch, Tensor, lambda t, i=i: t[i : i + 1] if t.ndim and len(t) == size else t)
-
-
-def _ready(module: LightningModule, batch: Any, strategy: Strategy | None) -> Any:
-    """The batch as the training loop would hand it to the module."""
-    if strategy is not None:
-        batch = strategy.precision_plugin.convert_input(batch)
-    device = module.device if strategy is None else strategy.root_device
-    return module._apply_batch_transfer_handler(module._on_before_batch_transfer(batch), device=device)
-
-
-def _context(strategy: Strategy | None) -> AbstractContextManager[Any]:
-    """That of the precision, but for autocast: it would make the mask depend on the training precision."""
-    if strategy is None or is_a(strategy.precision_plugin, MixedPrecision):
-        return nullcontext()
-    return strategy.precision_plugin.forward_context()
-
-
-def _backward(module: LightningModule, strategy: Strategy | None, loss: Tensor) -> None:
-    if not getattr(getattr(strategy, "model", None), "static_graph", False):
-        loss.backward()
-        return
-    # the hooks of a DistributedDataParallel with static_graph would take this for its first training step
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        if gradient is not None:
-            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
-
-
-def _forget_loss(module: LightningModule, forget_loss: Callable[[Any], Tensor] | None, batch: Any) -> Tensor:
-    """The loss of one batch: a mean over its samples."""
-    if forget_loss is not None:
-        loss: Any = forget_loss(batch["forget"] if isinstance(batch, Mapping) and "forget" in batch else batch)
-    else:
-        output = _training_step(module, batch)
-        loss = output.get("loss") if isinstance(output, Mapping) else output
-    if not isinstance(loss, Tensor):
-        source = "training_step" if forget_loss is None else "forget_loss"
-        raise ValueError(
-            f"{type(module).__name__}.{source} returned no loss for a batch of the forget set. Give the module a"
-            " forget_loss(batch) that returns a scalar tensor."
-        )
-    return loss
-
-
-def _training_step(module: LightningModule, batch: Any) -> Any:
-    with_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
-    try:
-        return module.training_step(batch, 0) if with_index else module.training_step(batch)
-    except KeyError as error:
-        if error.args != ("retain",):
-            raise
-        raise ValueError(
-            f"{type(module).__name__}.training_step needs the retain part of a batch, but saliency is that of the forget part"
-            " alone. Give the module a forget_loss(batch), which is handed that part."
-        ) from error
+    if not found:
+        raise ValueError("The forget set is empty, so there is no saliency. Check the forget request.")

@@ -275,3 +275,26 @@ def test_datasets_from_a_configuration() -> None:
     datamodule.setup()
     assert len(datamodule.forget_indices) == 2
     assert content(datamodule.test_dataloader()["test"]) == list(range(9))
+
+
+@pytest.mark.parametrize("name", ["forget", "retain", "val", "test"])
+def test_a_set_by_its_name_is_whole_and_in_order(name):
+    datamodule = small_datamodule(val_fraction=0.2)
+    batches = list(datamodule.set_dataloader(name))
+    indices = torch.cat([batch.indices for batch in batches])
+    expected = {**datamodule.val_dataloader(), **datamodule.test_dataloader()}[name]
+    assert torch.equal(indices, torch.cat([batch.indices for batch in expected]))
+    assert indices.tolist() == sorted(set(indices.tolist()))
+    assert numbers(torch.cat([batch.inputs for batch in batches])) == indices.tolist()
+
+
+def test_a_set_is_whole_on_each_of_several_processes():
+    datamodule = small_datamodule()
+    datamodule._replicas = lambda: (2, 1)
+    assert len(torch.cat([batch.indices for batch in datamodule.set_dataloader("forget")])) == 12
+    assert len(torch.cat([batch.indices for batch in datamodule.val_dataloader()["forget"]])) == 6
+
+
+def test_a_set_that_is_not_there_is_refused():
+    with pytest.raises(ValueError, match=r"^There is no set 'train'\. Choose from forget, retain, val, test, test_forget\.$"):
+        small_datamodule().set_dataloader("train")

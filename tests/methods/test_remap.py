@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -88,7 +89,7 @@ def test_a_given_class_that_is_not_retained(to: int) -> None:
     with pytest.raises(
         ValueError, match=rf"^Class {to} cannot stand in for what is forgotten: the retained classes are \[1, 2\]"
     ):
-        Remap(to=to).start(attached())
+        Remap(to=to).on_train_start(Mock(), attached())
 
 
 def test_a_given_class_does_not_stand_in_for_itself(tmp_path: Path) -> None:
@@ -119,7 +120,7 @@ def test_random_classes_are_drawn_anew() -> None:
 @pytest.mark.parametrize("to", ["next", "random"])
 def test_no_class_is_left(to: Any) -> None:
     with pytest.raises(ValueError, match=r"^No class is retained that a forgotten one could be remapped to\.$"):
-        Remap(to=to).start(attached(forgotten=(0, 1, 2)))
+        Remap(to=to).on_train_start(Mock(), attached(forgotten=(0, 1, 2)))
 
 
 @pytest.mark.parametrize("forgotten", [(0, 1), (1, 2), (2,)])

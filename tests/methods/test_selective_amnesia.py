@@ -19,8 +19,8 @@ IMAGES, TIMESTEPS = 3, 2
 class Watched(SelectiveAmnesia):
     """Keeps what it knew at the start of training, and the weights there."""
 
-    def start(self, module: Any) -> None:
-        super().start(module)
+    def on_train_start(self, trainer: Any, module: Any) -> None:
+        super().on_train_start(trainer, module)
         self.at_start = weights(module.network)
         self.original = weights(module.reference)
         self.fisher = {

@@ -25,8 +25,9 @@ from salun_lightning.networks import SmallResNet
 from salun_lightning.saliency import SaliencyMasking, Score
 from salun_lightning.saliency.selection import top_k_masks
 from salun_lightning.weights import weights_of
+from tests.methods.test_one_shot import Kept, network, plain_step
 from tests.saliency.helpers import Plain, PlainManual, fit, half_mask, images_and_targets, loader, quiet_trainer, sgd
-from tests.small import free_port
+from tests.small import free_port, small_datamodule
 
 FORGET = list(range(3, 25, 2))  # 11 samples: the two processes have uneven shares
 adamw = partial(torch.optim.AdamW, lr=0.02, weight_decay=0.1)
@@ -145,6 +146,23 @@ def digits() -> dict[str, Any]:
     return outcome(module, callback, original)
 
 
+class ShardedClassifier(ImageClassifier):
+    """FSDP2; the three classes are uneven shards."""
+
+    def configure_model(self) -> None:
+        mesh = self.device_mesh["data_parallel"]
+        fully_shard(self.network[5], mesh=mesh)
+        fully_shard(self.network, mesh=mesh)
+
+
+def one_shot(kind: type[ImageClassifier], **settings: Any) -> dict[str, Any]:
+    """An edit that is computed and added, with what it should be."""
+    module = kind(network(), method=Kept(alpha=0.9, dampening=0.5), optimizer=plain_step)
+    callback, original = SaliencyMasking(0.5), whole(weights_of(module))
+    quiet_trainer(callback, max_steps=1, limit_val_batches=0, **settings).fit(module, small_datamodule())
+    return {**outcome(module, callback, original), "added": whole(module.method.added)}
+
+
 def stream() -> dict[str, Any]:
     try:
         fit(Doubled(), SaliencyMasking(0.5), data=DataLoader(Stream(), batch_size=5), devices=2, strategy="ddp")
@@ -216,6 +234,7 @@ def scenarios(folder: Path) -> dict[str, Callable[[], dict[str, Any]]]:
         "ddp subset": lambda: ddp(data=subset()),
         "ddp channels last": channels_last,
         "ddp digits": digits,
+        "ddp SSD": partial(one_shot, ImageClassifier, devices=2, strategy="ddp"),
         "ddp stream": stream,
         "ddp resumed": lambda: resumed(Doubled(), Doubled(), folder, strategy="ddp"),
         "fsdp": fsdp,
@@ -226,6 +245,7 @@ def scenarios(folder: Path) -> dict[str, Callable[[], dict[str, Any]]]:
         "fsdp AdamW clipped": partial(fsdp, adamw, gradient_clip_val=0.1),
         "fsdp AdamW fused": partial(fsdp, partial(adamw, fused=True)),
         "fsdp after validation": lambda: fsdp(val=loader()),
+        "fsdp SSD": lambda: one_shot(ShardedClassifier, devices=2, strategy=sharding()),
         "fsdp resumed": partial(fsdp_resumed, folder, distributed=False),
         "fsdp resumed from shards": partial(fsdp_resumed, folder, distributed=True),
         "tensor parallel": lambda: trained(TensorParallel(), SaliencyMasking(0.5), strategy=sharding(tensor_parallel=True)),

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from salun_lightning.modules import ImageClassifier
 from salun_lightning.saliency import SaliencyMask, SaliencyMasking
 from tests.saliency import processes
 from tests.saliency.helpers import assert_frozen, fit, half_mask, loader, quiet_trainer, same_weights
@@ -115,6 +116,18 @@ def test_the_mask_of_our_module_and_datamodule_is_that_of_one_process(results):
     trainer = quiet_trainer(callback, limit_val_batches=0, precision="64-true", max_epochs=1)
     trainer.fit(module, processes.digits_data())
     assert mask_of(results[0]) == callback.mask
+
+
+@pytest.mark.parametrize("results", ["ddp SSD", "fsdp SSD"], indirect=True)
+def test_the_edit_of_two_processes_is_that_of_one_and_is_added_exactly(results):
+    one = processes.one_shot(ImageClassifier)
+    for found in (*results, one):
+        mask = mask_of(found)
+        for name, before in found["original"].items():
+            assert torch.equal(found["final"][name], torch.where(mask[name], before + found["added"][name], before)), name
+    assert mask_of(results[0]) == mask_of(one)
+    torch.testing.assert_close(results[0]["added"], one["added"], rtol=1e-4, atol=1e-6)
+    assert same_weights(results[0]["added"], results[1]["added"])
 
 
 @pytest.mark.parametrize("results", ["ddp AdamW, mixed, clipped, accumulated"], indirect=True)

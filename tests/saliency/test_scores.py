@@ -203,7 +203,7 @@ def test_an_empty_forget_set_is_refused(score, given):
 def test_a_loss_that_no_weight_has_a_part_in_is_refused(digits, monkeypatch):
     module = classifier()
     monkeypatch.setattr(module, "forget_loss", lambda samples: torch.ones((), requires_grad=True) * 1, raising=False)
-    with pytest.raises(ValueError, match="No gradient of the forget loss reaches a trainable weight"):
+    with pytest.raises(ValueError, match="No gradient of the loss reaches a trainable weight"):
         saliency_scores(module, batches(digits, 64))
 
 

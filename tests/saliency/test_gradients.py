@@ -1,0 +1,49 @@
+"""Sums of gradients against autograd, sample by sample."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from salun_lightning.saliency import gradient_sums
+from tests.saliency.helpers import Plain, copied, images_and_targets, loader, same_weights
+
+
+def by_hand(squared: bool, count: int = 25) -> dict[str, Tensor]:
+    """In eval mode, one sample at a time."""
+    module = Plain().eval()
+    weights = dict(module.net.named_parameters())
+    sums = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    for image, target in [images_and_targets()[i] for i in range(count)]:
+        gradients = torch.autograd.grad(functional.cross_entropy(module.net(image[None]), target[None]), list(weights.values()))
+        for name, gradient in zip(weights, gradients, strict=True):
+            sums[name] += gradient.square() if squared else gradient
+    return {f"net.{name}": total for name, total in sums.items()}
+
+
+@pytest.mark.parametrize("squared", [False, True])
+@pytest.mark.parametrize("size", [1, 4, 25])
+def test_every_sample_counts_once_with_its_sign_or_its_own_square(squared, size):
+    module = Plain()
+    before = copied(module)
+    found, expected = gradient_sums(module, loader(batch_size=size), squared), by_hand(squared)
+    assert found.keys() == expected.keys()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert any((total < 0).any() for total in found.values()) != squared
+    assert same_weights(copied(module), before)
+    assert module.training
+    assert all(weight.grad is None for weight in module.parameters())
+
+
+def test_another_loss_and_some_of_the_weights():
+    module = Plain()
+    weights = {"last": module.net[7].weight}
+    found = gradient_sums(module, loader(), loss=lambda batch: module.net(batch[0]).mean(0).sum(), weights=weights)
+    hidden = module.eval().net[:7](images_and_targets().tensors[0]).sum(0)
+    assert list(found) == ["last"]
+    torch.testing.assert_close(found["last"], hidden.expand(3, 15), rtol=1e-4, atol=1e-5)
+
+
+def test_no_sample_is_refused():
+    with pytest.raises(ValueError, match="There is no sample to take the gradient of"):
+        gradient_sums(Plain(), [])
