@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -38,6 +39,38 @@ def whole(path: str | os.PathLike[str]) -> Iterator[Path]:
         _to_disk(path.parent)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A path to make a folder at. When the block ends well, it takes the place of ``path``, and what was there is removed.
+
+    Two changes of name do that. Where the second is refused, what was there is put back.
+
+    Args:
+        path: The folder that is to appear. The folder around it is made.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        yield unfinished
+        replace_folder(unfinished, path)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def replace_folder(finished: Path, path: Path) -> None:
+    """Put a finished folder in the place of another, which is then removed."""
+    replaced = path.with_name(f"{path.name}.{os.getpid()}.old")
+    if path.exists():
+        os.replace(path, replaced)
+    try:
+        os.replace(finished, path)
+    except BaseException:
+        if replaced.exists():
+            os.replace(replaced, path)
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _to_disk(path: Path) -> None:

@@ -9,13 +9,14 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
-from salun_lightning.data.forget import ForgetClasses, ForgetRequest
+from salun_lightning.data.forget import ForgetRequest
 from salun_lightning.data.order import FixedOrder, Order, TrainingOrder, run_seed
-from salun_lightning.data.samples import ImageRequests, ImageTensors, SampleBatches, Samples, Transform
+from salun_lightning.data.samples import ImageTensors, SampleBatches, Samples, Transform
 from salun_lightning.data.split import digest, validation_split
 from salun_lightning.data.targets import check_classes, targets_of
 
@@ -53,9 +54,6 @@ class ForgetRetainDataModule(LightningDataModule):
         batch_size: Samples a batch, on each process.
         order: How training interleaves the two sets, see ``TrainingOrder``; by default as the module's method was published.
         num_workers: Loader processes, for datasets that are not held in memory.
-        generated_per_class: For generative models: how many images of each class ``test`` and ``predict`` ask for. A loader
-            ``generated`` then brings the requests (batches of ``Requested``).
-        generated_classes: Of which classes, by name or number; by default of all.
         input_key: Where a sample holds its image: a position in a tuple, or a key of a dictionary.
         target_key: Likewise, its class.
 
@@ -86,8 +84,6 @@ class ForgetRetainDataModule(LightningDataModule):
         batch_size: int = 256,
         order: Order | None = None,
         num_workers: int = 0,
-        generated_per_class: int = 0,
-        generated_classes: list[int | str] | int | str | None = None,
         input_key: int | str = 0,
         target_key: int | str = 1,
     ) -> None:
@@ -98,9 +94,8 @@ class ForgetRetainDataModule(LightningDataModule):
             raise ValueError(f"batch_size must be positive, got {batch_size}.")
         if not 0 <= split_seed < 2**32:
             raise ValueError(f"split_seed must be a whole number from 0 to 2^32 - 1, got {split_seed}.")
-        for name, number in (("num_workers", num_workers), ("generated_per_class", generated_per_class)):
-            if number < 0:
-                raise ValueError(f"{name} must not be negative, got {number}.")
+        if num_workers < 0:
+            raise ValueError(f"num_workers must not be negative, got {num_workers}.")
         self.forget = forget
         self.given = Sources(train, test, class_names)
         self.targets = targets
@@ -111,8 +106,6 @@ class ForgetRetainDataModule(LightningDataModule):
         self.batch_size = batch_size
         self.order = order
         self.num_workers = num_workers
-        self.generated_per_class = generated_per_class
-        self.generated_classes = generated_classes
         self.keys = (input_key, target_key)
         self._ready = False
 
@@ -147,9 +140,6 @@ class ForgetRetainDataModule(LightningDataModule):
                 )
         self.forgotten_classes = self.forget.classes(self.class_names)
         gone = torch.isin(test_targets, torch.tensor(self.forgotten_classes))
-        asked = self.generated_classes
-        wanted = range(self.num_classes) if asked is None else ForgetClasses(asked).classes(self.class_names)
-        self._requests = ImageRequests(wanted, self.generated_per_class)
         self._sets = {
             "forget": (train, self._train_targets, self.forget_indices),
             "retain": (train, self._train_targets, self.retain_indices),
@@ -258,11 +248,15 @@ class ForgetRetainDataModule(LightningDataModule):
 
     @override
     def test_dataloader(self) -> dict[str, DataLoader[Any]]:
-        return self._evaluation(*self._sets) | self._generated()
+        return self._evaluation(*self._sets)
 
     @override
-    def predict_dataloader(self) -> dict[str, DataLoader[Any]]:
-        return self._generated() or self._evaluation(*self._sets)
+    def predict_dataloader(self) -> Any:
+        """All sets, unless the module brings loaders of its own: one that generates is not asked about images."""
+        module = None if self.trainer is None else self.trainer.lightning_module
+        if module is not None and is_overridden("predict_dataloader", module):
+            return module.predict_dataloader()
+        return self.test_dataloader()
 
     def _evaluation(self, *names: str) -> dict[str, DataLoader[Any]]:
         loaders = {}
@@ -273,12 +267,6 @@ class ForgetRetainDataModule(LightningDataModule):
                 batches = SampleBatches(source, self.eval_transform, targets=targets, keys=self.keys)
                 loaders[name] = self._loader(batches, sampler)
         return loaders
-
-    def _generated(self) -> dict[str, DataLoader[Any]]:
-        if not len(self._requests):
-            return {}
-        sampler = FixedOrder(torch.arange(len(self._requests)), self.batch_size, *self._replicas())
-        return {"generated": DataLoader(self._requests, sampler=sampler, batch_size=None)}
 
     def _replicas(self) -> tuple[int, int]:
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer is not None else (1, 0)

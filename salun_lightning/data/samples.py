@@ -27,35 +27,6 @@ class Samples(NamedTuple):
     """Positions in the set that the samples come from, int64 of shape (B,)."""
 
 
-class Requested(NamedTuple):
-    """A batch of images that a generative model is asked for."""
-
-    targets: Tensor
-    """Classes, int64 of shape (B,)."""
-    indices: Tensor
-    """Numbers of the images within their class, int64 of shape (B,)."""
-
-
-class ImageRequests(Dataset[Requested]):
-    """Asks for equally many images of each of some classes: index it with a list of positions.
-
-    Args:
-        classes: The classes.
-        per_class: How many images of each.
-    """
-
-    def __init__(self, classes: Sequence[int], per_class: int) -> None:
-        self.targets = torch.tensor(list(classes)).repeat_interleave(per_class)
-        self.indices = torch.arange(per_class).repeat(len(classes))
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    @override
-    def __getitem__(self, index: list[int]) -> Requested:
-        return Requested(self.targets[index], self.indices[index])
-
-
 def joined(parts: Sequence[Samples]) -> Samples:
     """One batch of several."""
     return parts[0] if len(parts) == 1 else Samples(*(torch.cat(fields) for fields in zip(*parts, strict=True)))

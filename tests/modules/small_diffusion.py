@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from salun_lightning.data import ForgetClasses, ForgetRetainDataModule, ImageTensors, Samples
-from salun_lightning.modules.diffusion import ClassDiffusion
+from salun_lightning.modules.class_diffusion import ClassDiffusion
 from salun_lightning.modules.sampling import Sampling
 
 CLASSES = 3

@@ -21,7 +21,7 @@ from salun_lightning.methods import (
 )
 from salun_lightning.metrics import GenerationQuality
 from salun_lightning.modules import ImageClassifier
-from salun_lightning.modules.diffusion import ClassDiffusion
+from salun_lightning.modules.class_diffusion import ClassDiffusion
 from salun_lightning.modules.sampling import Sampling
 from salun_lightning.networks import SmallResNet
 from salun_lightning.saliency import SaliencyMask, SaliencyMasking, saliency_scores

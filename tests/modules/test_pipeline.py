@@ -12,7 +12,7 @@ from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipel
 from torch import nn
 
 from salun_lightning.methods import Remap
-from salun_lightning.modules.diffusion import ClassDiffusion
+from salun_lightning.modules.class_diffusion import ClassDiffusion
 from salun_lightning.modules.sampling import Sampling
 from salun_lightning.networks import pipeline
 from salun_lightning.networks.loading import read_checkpoint

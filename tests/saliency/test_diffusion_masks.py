@@ -12,7 +12,7 @@ from torch import Tensor
 
 from salun_lightning.methods import ESD, FineTune, Method, Remap, SelectiveAmnesia
 from salun_lightning.metrics import GenerationQuality
-from salun_lightning.modules.diffusion import ClassDiffusion
+from salun_lightning.modules.class_diffusion import ClassDiffusion
 from salun_lightning.modules.sampling import Sampling
 from salun_lightning.networks import SmallResNet
 from salun_lightning.saliency import SaliencyMask, SaliencyMasking
