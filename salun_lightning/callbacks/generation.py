@@ -151,9 +151,11 @@ class GenerationEvaluator(Callback):
         for step, requested in zip(range(number), tqdm(loader, "Sampling", disable=not shown), strict=False):
             asked = trainer.strategy.batch_to_device(requested)
             self._take(trainer, trainer.strategy.predict_step(asked, step))  # which keeps precision and sharding
+        results = self.distribution.compute()
         if self.classifier is not None:
+            results |= self.recognition.compute()
             self.predicted = self.recognition.predictions()
-        pl_module.log_dict({**self.recognition.compute(), **self.distribution.compute()}, sync_dist=True)
+        pl_module.log_dict(results, sync_dist=True)
 
     def _take(self, trainer: Trainer, generated: dict[str, Any]) -> None:
         images, targets, numbers = (generated[name] for name in ("image", "target", "index"))

@@ -35,8 +35,6 @@ class Recognition(Metric):
     higher_is_better = None
     full_state_update = False
 
-    targets: list[Tensor] | Tensor
-
     def __init__(self, names: Sequence[str] = ()) -> None:
         super().__init__()
         self.names = list(names)
@@ -58,9 +56,7 @@ class Recognition(Metric):
 
     @override
     def compute(self) -> dict[str, Tensor]:
-        """All that was measured; nothing, if there was no image."""
-        if not len(self.targets):
-            return {}
+        """All that was measured."""
         logits, targets, retained, _ = (dim_zero_cat(getattr(self, name)) for name in _STATES)
         correct = ((logits.argmax(1) == targets) & ~logits.isnan().any(1)).double()
         results = {}

@@ -38,8 +38,8 @@ class Frozen(nn.Module):
 
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:  # of to, cuda, double and the like
-        self.network._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        super()._apply(fn, recurse)
+        self.network._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:

@@ -64,10 +64,10 @@ def read_pipeline(source: Path | str) -> dict[str, Any]:
         network, found = kind.from_pretrained(source, subfolder=component, use_safetensors=True, output_loading_info=True)
         schedule = diffusers.DDPMScheduler.load_config(source, subfolder="scheduler") if "scheduler" in index else {}
     except Exception as error:
-        reason = str(error).partition("\n")[0]
+        reason = str(error).partition("\n")[0].rstrip(" .")
         raise ValueError(
-            f"'{source}' cannot be read as a pipeline; a file may be missing or truncated: {reason} Save it with save_pretrained"
-            " and safe_serialization=True: its weights are read from safetensors alone."
+            f"'{source}' cannot be read as a pipeline; a file may be truncated or missing: {reason}. Save it with"
+            " save_pretrained and safe_serialization=True: its weights are read from safetensors alone."
         ) from error
     finally:
         diffusers.logging.set_verbosity(verbosity)

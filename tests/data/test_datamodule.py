@@ -8,6 +8,7 @@ from jsonargparse import ArgumentParser
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from salun_lightning.data import (
     ForgetClasses,
@@ -275,3 +276,31 @@ def test_datasets_from_a_configuration() -> None:
     datamodule.setup()
     assert len(datamodule.forget_indices) == 2
     assert content(datamodule.test_dataloader()["test"]) == list(range(9))
+
+
+@pytest.mark.parametrize(
+    ("forget", "numbers"),
+    [(ForgetClasses(["dog"]), [1]), (ForgetClasses(["owl", 0]), [0, 2]), (ForgetRandom(count=12), [])],
+)
+def test_which_classes_are_forgotten_whole(forget: Any, numbers: list[int]) -> None:
+    assert small_datamodule(forget, class_names=["cat", "dog", "owl"]).forgotten_classes == numbers
+
+
+class Foreign(LightningModule):
+    """A module of another project, which predicts what it is given."""
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        return batch
+
+
+class Bringing(Foreign):
+    def predict_dataloader(self) -> Any:
+        return DataLoader(torch.arange(3))
+
+
+def test_predict_is_of_all_sets_unless_the_module_brings_loaders() -> None:
+    settings = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
+    trainer, datamodule = Trainer(accelerator="cpu", **settings), small_datamodule(ForgetClasses([1]))
+    of_sets = trainer.predict(Foreign(), datamodule=datamodule)
+    assert [sum(len(batch.targets) for batch in batches) for batches in of_sets] == [20, 40, 8, 4]
+    assert torch.cat(trainer.predict(Bringing(), datamodule=datamodule)).tolist() == [0, 1, 2]
