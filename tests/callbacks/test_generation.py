@@ -245,5 +245,5 @@ def test_what_measures_is_in_float32_and_frozen(tmp_path: Path) -> None:
 def test_a_limit_of_batches_holds_for_what_is_sampled(tmp_path: Path, limit: Any, number: int) -> None:
     """Of batches of 8; class 0 is forgotten, and the first 10 images are of it."""
     runner, module = trainer(tmp_path, limit_test_batches=limit), diffusion(evaluation=judge())
-    runner.test(module, datamodule=images(count=60, test=24), verbose=False)
+    runner.test(module, datamodule=images(count=60, test=48), verbose=False)
     assert runner.callback_metrics["num_generated"] == number
