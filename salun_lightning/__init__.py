@@ -8,7 +8,7 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import Any
 
-_PACKAGES = ("data", "methods", "metrics", "modules", "networks", "saliency")
+_PACKAGES = ("callbacks", "data", "methods", "metrics", "modules", "networks", "saliency")
 
 __version__ = version("salun_lightning")
 

@@ -10,19 +10,19 @@ from typing import Any
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.strategies import ModelParallelStrategy
 from typing_extensions import override
 
 import salun_lightning.data
 import salun_lightning.methods
 import salun_lightning.modules
 import salun_lightning.networks  # noqa: F401  # classes of imported modules can be named without their module
+from salun_lightning.callbacks import ImageWriter, SavePipeline
 from salun_lightning.cli import program
 from salun_lightning.methods import load_offered
 from salun_lightning.methods.finetune import FineTune
-from salun_lightning.modules import ImageWriter, ProbabilityWriter
+from salun_lightning.modules import ProbabilityWriter
 from salun_lightning.modules.base import UnlearningModule
 from salun_lightning.run_folder import (
     KeepMetrics,
@@ -171,17 +171,6 @@ class UnlearningCLI(LightningCLI):
             folder = Path(self.trainer.default_root_dir)
             set_other_run_aside(folder, self._parser("fit").dump(options, skip_none=False))
 
-    def after_fit(self) -> None:
-        """Save what diffusers can load, where the module knows how and its weights are not sharded."""
-        module: Any = self.model
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, WeightAveraging) and callback._average_model is not None:
-                module = callback._average_model.module  # a finished run that is resumed has it only there
-        network = getattr(module, "network", None)
-        known = hasattr(module, "save_pretrained") and hasattr(getattr(network, "_orig_mod", network), "save_pretrained")
-        if known and self.trainer.is_global_zero and not isinstance(self.trainer.strategy, ModelParallelStrategy):
-            module.save_pretrained(Path(self.trainer.default_root_dir) / "pipeline")
-
     def after_test(self) -> None:
         """Print each metric once; Lightning's own table (``--verbose true``) repeats them for every loader."""
         for name, value in sorted(self.trainer.callback_metrics.items()):
@@ -209,6 +198,7 @@ class UnlearningCLI(LightningCLI):
             checkpoint,
             ProbabilityWriter(),
             ImageWriter(),
+            SavePipeline(),
         ]
         trainer = super().instantiate_trainer(**kwargs)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # neither the user's nor one of sharded weights

@@ -142,8 +142,6 @@ CASES = [
     ("batch float", data("--data.batch_size=1.5"), "1.5"),
     ("order", data("--data.order=shuffled"), "--data.order takes one of"),
     ("workers negative", data("--data.num_workers=-1"), "num_workers must not be negative"),
-    ("generated negative", data("--data.generated_per_class=-1"), "must not be negative"),
-    ("generated class", data("--data.generated_classes=[cat]"), "There is no class 'cat'"),
     ("folder root missing", ["fit", "--data=ImageFolderDataModule", "--data.forget=ForgetRandom"], "root"),
     ("folder no root", [*IMAGES, "--data.root=nowhere"], "There is no folder 'nowhere"),
     ("folder empty root", [*IMAGES, "--data.root={files}/empty"], "There is no folder"),

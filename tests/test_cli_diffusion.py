@@ -131,15 +131,15 @@ def test_comparisons_run(config: Path, tiny_images: None, tmp_path: Path, monkey
     for row in [*content["rows"].values(), *content["first"].values()]:
         row["config"] = str((CONFIGS / config).parent / row["config"])
         if "judge" not in row["config"] and not row["config"].endswith("cifar10/original.yaml"):
-            row.setdefault("options", {}).update({"data.generated_per_class": 4, "model.sampling.steps": 1})
+            row.setdefault("options", {}).update({"model.evaluation.per_condition": 4, "model.sampling.steps": 1})
             if config.parts[0] == "cifar10":
                 row["options"].update(
                     {
                         "model.network.init_args.block_out_channels": [32, 32, 32, 32],
                         "model.network.init_args.attention_head_dim": 32,
                         "model.network.init_args.layers_per_block": 1,
-                        "model.quality.features": "classifier",
-                        "model.quality.classifier": str(CONFIGS / "cifar10" / "small_network.yaml"),
+                        "model.evaluation.features": "classifier",
+                        "model.evaluation.classifier": str(CONFIGS / "cifar10" / "small_network.yaml"),
                         "trainer.precision": "32-true",
                     }
                 )
@@ -163,11 +163,19 @@ def test_test_and_predict(original: Path, judge: Path, tmp_path: Path, capsys: p
     checkpoint = f"--ckpt_path={original}/checkpoints/last.ckpt"
     common = [config, checkpoint, f"--trainer.default_root_dir={tmp_path}", "--model.sampling.steps=1", *QUIET]
     capsys.readouterr()
-    main(["test", *common, f"--model.quality.weights={judge}", "--data.generated_per_class=5"])
+    main(["test", *common, f"--model.evaluation.weights={judge}", "--model.evaluation.per_condition=5"])
     printed = dict(line.split() for line in capsys.readouterr().out.splitlines() if len(line.split()) == 2)
     assert {"UA", "entropy", "acc", "acc/3", "FID", "KID", "precision", "recall", "test/forget/loss"} <= printed.keys()
     assert float(printed["num_generated"]) == 45  # without the forgotten class
-    main(["predict", *common, "--data.generated_per_class=12", "--data.generated_classes=[3, 7]", "--data.batch_size=5"])
+    main(
+        [
+            "predict",
+            *common,
+            "--model.evaluation.per_condition=12",
+            "--model.evaluation.conditions=[3, 7]",
+            "--data.batch_size=5",
+        ]
+    )
     assert sorted(path.name for path in (tmp_path / "images").iterdir()) == ["3-3", "3-3.png", "7-7", "7-7.png"]
     assert len(list((tmp_path / "images" / "7-7").iterdir())) == 12
     with Image.open(tmp_path / "images" / "3-3.png") as grid:
@@ -177,7 +185,11 @@ def test_test_and_predict(original: Path, judge: Path, tmp_path: Path, capsys: p
 @pytest.mark.parametrize("scheduler", ["DDIMScheduler", "DPMSolverMultistepScheduler", "DDPMScheduler"])
 def test_schedulers_from_the_command_line(scheduler: str, original: Path, tmp_path: Path) -> None:
     config = f"--config={CONFIGS}/digits/diffusion/original.yaml"
-    wanted = ["--data.generated_per_class=1", "--model.sampling.steps=2", f"--model.sampling.scheduler=diffusers.{scheduler}"]
+    wanted = [
+        "--model.evaluation.per_condition=1",
+        "--model.sampling.steps=2",
+        f"--model.sampling.scheduler=diffusers.{scheduler}",
+    ]
     model = f"--ckpt_path={original}/checkpoints/last.ckpt"
     cli = main(["predict", config, model, f"--trainer.default_root_dir={tmp_path}", *wanted, *QUIET])
     assert type(cli.model.scheduler).__name__ == scheduler
@@ -212,9 +224,10 @@ def test_random_mask_and_other_methods_are_a_line_each(original: Path, tmp_path:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--data.generated_classes=[cat]"], "There is no class 'cat'. The classes are: 0, 1, 2"),
+        (["--model.evaluation.conditions=[cat]"], "There is no class 'cat'. The classes are: 0, 1, 2"),
+        (["--model.evaluation.per_condition=0"], "per_condition must be positive, got 0"),
         (["--data.forget.names=[cat]"], "There is no class 'cat'"),
-        (["--model.null_class=null"], "Guidance and label dropout need a null class, and the model has none"),
+        (["--model.null_class=null", "--model.network.num_class_embeds=10"], "Guidance and label dropout need a null class"),
         (["--model.null_class=3"], "null_class 3 is the number of a class of the data"),
         (["--model.network.num_class_embeds=10"], "The network embeds 10 classes, but 11 are needed"),
         (["--model.noise_scheduler=diffusers.FlowMatchEulerDiscreteScheduler"], "does not fit: it has no variance schedule"),

@@ -54,7 +54,7 @@ def run(cell: Cell) -> dict[str, Any]:
         **cost,
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if cli.trainer.strategy.root_device.type == "cuda" else "cpu",
-        "features": getattr(getattr(cli.model, "quality", None), "description", None),
+        "features": getattr(getattr(cli.model, "evaluation", None), "description", None),
         "forget_confidence": evidence.confidence,
         "sampled_classes": [cli.datamodule.class_names[number] for number in sorted(evidence.samples)],
         "forgotten_classes": [

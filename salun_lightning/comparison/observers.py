@@ -10,8 +10,6 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 from typing_extensions import override
 
-_SHOWN = 8  # generated images of each class in the report
-
 
 class Passes(Callback):
     """Counts what a training costs in passes of one sample through a network, whatever else the machine does.
@@ -73,12 +71,10 @@ class Evidence(Callback):
         if outputs["set"] == "forget" and "probabilities" in outputs:
             true = outputs["probabilities"].gather(1, outputs["target"].unsqueeze(1))
             self.confidence += true.flatten().tolist()
-        if outputs["set"] == "generated":
-            for image, target, index in zip(
-                outputs["image"], outputs["target"].tolist(), outputs["index"].tolist(), strict=True
-            ):
-                if index < _SHOWN:
-                    self.samples.setdefault(target, {})[index] = image.cpu()
+
+    @override
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.samples = getattr(getattr(pl_module, "evaluation", None), "examples", {})
 
     def save_samples(self, path: Path) -> None:
         """Save a picture with a row of images for each class, a pixel apart."""

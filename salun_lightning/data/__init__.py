@@ -7,7 +7,7 @@ from salun_lightning.data.digits import DigitsDataModule
 from salun_lightning.data.forget import ForgetClasses, ForgetIndices, ForgetRandom, ForgetRequest
 from salun_lightning.data.image_folder import ImageFolderDataModule
 from salun_lightning.data.order import Order, epoch_seed, run_seed
-from salun_lightning.data.samples import ImageRequests, ImageTensors, Requested, Samples, joined
+from salun_lightning.data.samples import ImageTensors, Samples, joined
 from salun_lightning.data.stl10 import STL10DataModule
 from salun_lightning.data.svhn import SVHNDataModule
 
@@ -21,11 +21,9 @@ __all__ = [
     "ForgetRequest",
     "ForgetRetainDataModule",
     "ImageFolderDataModule",
-    "ImageRequests",
     "ImageTensors",
     "Order",
     "RandomCropFlip",
-    "Requested",
     "STL10DataModule",
     "SVHNDataModule",
     "Samples",

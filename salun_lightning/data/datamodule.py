@@ -9,15 +9,16 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
-from salun_lightning.data.forget import ForgetClasses, ForgetRequest
+from salun_lightning.data.forget import ForgetRequest
 from salun_lightning.data.order import FixedOrder, Order, TrainingOrder, run_seed
-from salun_lightning.data.samples import ImageRequests, ImageTensors, SampleBatches, Samples, Transform
-from salun_lightning.data.split import digest, validation_split
-from salun_lightning.data.targets import check_classes, targets_of
+from salun_lightning.data.samples import SampleBatches, Samples, Transform, loader_of
+from salun_lightning.data.split import check_made_with, check_training_set, digests, retained, validation_split
+from salun_lightning.data.targets import names_of, targets_of
 
 
 class Sources(NamedTuple):
@@ -53,9 +54,6 @@ class ForgetRetainDataModule(LightningDataModule):
         batch_size: Samples a batch, on each process.
         order: How training interleaves the two sets, see ``TrainingOrder``; by default as the module's method was published.
         num_workers: Loader processes, for datasets that are not held in memory.
-        generated_per_class: For generative models: how many images of each class ``test`` and ``predict`` ask for. A loader
-            ``generated`` then brings the requests (batches of ``Requested``).
-        generated_classes: Of which classes, by name or number; by default of all.
         input_key: Where a sample holds its image: a position in a tuple, or a key of a dictionary.
         target_key: Likewise, its class.
 
@@ -65,10 +63,8 @@ class ForgetRetainDataModule(LightningDataModule):
 
     forget_indices: Tensor
     """Positions of the forget set in the training data, ascending int64; after ``setup``."""
-
     retain_indices: Tensor
     """Positions of the retain set in the training data, ascending int64; after ``setup``."""
-
     forgotten_classes: list[int]
     """The classes that are forgotten whole; after ``setup``."""
 
@@ -86,8 +82,6 @@ class ForgetRetainDataModule(LightningDataModule):
         batch_size: int = 256,
         order: Order | None = None,
         num_workers: int = 0,
-        generated_per_class: int = 0,
-        generated_classes: list[int | str] | int | str | None = None,
         input_key: int | str = 0,
         target_key: int | str = 1,
     ) -> None:
@@ -98,9 +92,8 @@ class ForgetRetainDataModule(LightningDataModule):
             raise ValueError(f"batch_size must be positive, got {batch_size}.")
         if not 0 <= split_seed < 2**32:
             raise ValueError(f"split_seed must be a whole number from 0 to 2^32 - 1, got {split_seed}.")
-        for name, number in (("num_workers", num_workers), ("generated_per_class", generated_per_class)):
-            if number < 0:
-                raise ValueError(f"{name} must not be negative, got {number}.")
+        if num_workers < 0:
+            raise ValueError(f"num_workers must not be negative, got {num_workers}.")
         self.forget = forget
         self.given = Sources(train, test, class_names)
         self.targets = targets
@@ -111,8 +104,6 @@ class ForgetRetainDataModule(LightningDataModule):
         self.batch_size = batch_size
         self.order = order
         self.num_workers = num_workers
-        self.generated_per_class = generated_per_class
-        self.generated_classes = generated_classes
         self.keys = (input_key, target_key)
         self._ready = False
 
@@ -132,24 +123,13 @@ class ForgetRetainDataModule(LightningDataModule):
         given, key = self.targets or (None, None), self.keys[1]
         self._train_targets = targets_of(train, given[0], key)
         test_targets = torch.empty(0, dtype=torch.int64) if test is None else targets_of(test, given[1], key)
-        named = range(int(self._train_targets.max()) + 1) if class_names is None else class_names
-        self.class_names = [str(name) for name in named]
-        check_classes(torch.cat([self._train_targets, test_targets]), len(self.class_names))
+        self.class_names = names_of(class_names, self._train_targets, test_targets)
         self._train = train
         val, trained = validation_split(self._train_targets, len(self.class_names), self.val_fraction, self.split_seed)
         self.forget_indices = self.forget.indices(self._train_targets, self.class_names, trained)
-        self.retain_indices = trained[~torch.isin(trained, self.forget_indices)]
-        for name, positions in (("forget", self.forget_indices), ("retain", self.retain_indices)):
-            if not len(positions):
-                raise ValueError(
-                    f"The {name} set is empty: the request selects {len(self.forget_indices)} of {len(trained)} training"
-                    " images."
-                )
+        self.retain_indices = retained(self.forget_indices, trained)
         self.forgotten_classes = self.forget.classes(self.class_names)
         gone = torch.isin(test_targets, torch.tensor(self.forgotten_classes))
-        asked = self.generated_classes
-        wanted = range(self.num_classes) if asked is None else ForgetClasses(asked).classes(self.class_names)
-        self._requests = ImageRequests(wanted, self.generated_per_class)
         self._sets = {
             "forget": (train, self._train_targets, self.forget_indices),
             "retain": (train, self._train_targets, self.retain_indices),
@@ -167,11 +147,7 @@ class ForgetRetainDataModule(LightningDataModule):
     @property
     def split(self) -> dict[str, str]:
         """Digests of the training set and of the forget set; after ``setup``."""
-        trained = torch.cat([self.forget_indices, self.retain_indices]).sort().values
-        return {
-            "training_set": digest(self._train_targets, trained),
-            "forget_set": digest(self._train_targets, self.forget_indices),
-        }
+        return digests(self._train_targets, self.forget_indices, self.retain_indices)
 
     @property
     def fingerprint(self) -> str:
@@ -184,36 +160,12 @@ class ForgetRetainDataModule(LightningDataModule):
 
     @override
     def load_state_dict(self, state_dict: dict[str, str]) -> None:
-        """Refuse a checkpoint that was made with another split.
-
-        Raises:
-            MisconfigurationException: The training set differs or, unless the checkpoint was trained on all of it, the forget
-                set; or a run is to go on in another order.
-        """
-        self.check_training_set(state_dict)
-        resumed = self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
-        if resumed and state_dict["order"] != self._training_order():
-            raise MisconfigurationException(
-                f"The checkpoint is of a run with the order '{state_dict['order']}', but this one has"
-                f" '{self._training_order()}': they cannot be one run. Give the same order, or start a new run."
-            )
-        if state_dict["order"] != "all" and state_dict["forget_set"] != self.split["forget_set"]:
-            raise MisconfigurationException(
-                "The checkpoint was made with another forget set than this datamodule's. Give the forget request and seed that"
-                " it was made with."
-            )
+        """Refuse a checkpoint that was made with another split; see ``check_made_with``."""
+        check_made_with(state_dict, self.state_dict(), self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING)
 
     def check_training_set(self, state_dict: Mapping[str, str]) -> None:
-        """Refuse an original model that was trained on another training set.
-
-        Raises:
-            MisconfigurationException: The training set differs.
-        """
-        if state_dict["training_set"] != self.split["training_set"]:
-            raise MisconfigurationException(
-                "The checkpoint was made with another split: its training set is not this datamodule's, so part of what is to"
-                " be forgotten may never have been trained on. Give the data, val_fraction and split_seed it was made with."
-            )
+        """Refuse an original model that was trained on another training set; see ``check_training_set``."""
+        check_training_set(state_dict, self.split)
 
     def _training_order(self) -> Order:
         if self.order is not None:
@@ -227,14 +179,7 @@ class ForgetRetainDataModule(LightningDataModule):
         marked = torch.zeros(len(self._train_targets), dtype=torch.bool)
         if order != "all":
             marked[self.forget_indices] = True
-        sampler = TrainingOrder(
-            self.forget_indices,
-            self.retain_indices,
-            order,
-            self.batch_size,
-            run_seed(),
-            *self._replicas(),
-        )
+        sampler = TrainingOrder(self.forget_indices, self.retain_indices, order, self.batch_size, run_seed(), *self._replicas())
         if self.trainer is not None:  # of a resumed run, worker processes fetch batches before Lightning tells the epoch
             sampler.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
         return self._loader(self._training_samples(self.train_transform, marked), sampler)
@@ -242,8 +187,8 @@ class ForgetRetainDataModule(LightningDataModule):
     def forget_dataloader(self) -> DataLoader[Any]:
         """The forget set for the saliency pass: all of it on every process, in order, with evaluation transforms."""
         marked = torch.ones(len(self._train_targets), dtype=torch.bool)
-        sampler = FixedOrder(self.forget_indices, self.batch_size)
-        return self._loader(self._training_samples(self.eval_transform, marked), sampler)
+        samples = self._training_samples(self.eval_transform, marked)
+        return self._loader(samples, FixedOrder(self.forget_indices, self.batch_size))
 
     def set_dataloader(self, name: str) -> DataLoader[Any]:
         """A whole set: all of it on every process, in order, with evaluation transforms.
@@ -271,11 +216,15 @@ class ForgetRetainDataModule(LightningDataModule):
 
     @override
     def test_dataloader(self) -> dict[str, DataLoader[Any]]:
-        return self._evaluation(*self._sets) | self._generated()
+        return self._evaluation(*self._sets)
 
     @override
-    def predict_dataloader(self) -> dict[str, DataLoader[Any]]:
-        return self._generated() or self._evaluation(*self._sets)
+    def predict_dataloader(self) -> Any:
+        """All sets, unless the module brings loaders of its own: one that generates is not asked about images."""
+        module = getattr(self.trainer, "lightning_module", None)
+        if module is not None and is_overridden("predict_dataloader", module):
+            return module.predict_dataloader()
+        return self.test_dataloader()
 
     def _evaluation(self, *names: str) -> dict[str, DataLoader[Any]]:
         return {name: self._in_order(name, *self._replicas()) for name in names if len(self._sets[name][2])}
@@ -285,27 +234,9 @@ class ForgetRetainDataModule(LightningDataModule):
         batches = SampleBatches(source, self.eval_transform, targets=targets, keys=self.keys)
         return self._loader(batches, FixedOrder(positions, self.batch_size, num_replicas, rank))
 
-    def _generated(self) -> dict[str, DataLoader[Any]]:
-        if not len(self._requests):
-            return {}
-        sampler = FixedOrder(torch.arange(len(self._requests)), self.batch_size, *self._replicas())
-        return {"generated": DataLoader(self._requests, sampler=sampler, batch_size=None)}
-
     def _replicas(self) -> tuple[int, int]:
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer is not None else (1, 0)
 
     def _loader(self, batches: SampleBatches, sampler: TrainingOrder | FixedOrder) -> DataLoader[Any]:
-        num_workers = self.num_workers
-        if isinstance(batches.source, ImageTensors):
-            num_workers = 0  # a batch is one indexing operation where the images lie: a worker could only be slower
-            if self.trainer is not None:
-                device = self.trainer.strategy.root_device
-                batches.source.images = batches.source.images.to(device)
-                batches.source.targets = batches.source.targets.to(device)
-        return DataLoader(
-            batches,
-            sampler=sampler,
-            batch_size=None,  # the samplers make whole batches
-            num_workers=num_workers,
-            generator=sampler.generator if isinstance(sampler, TrainingOrder) else None,
-        )
+        device = None if self.trainer is None else self.trainer.strategy.root_device
+        return loader_of(batches, sampler, self.num_workers, device)

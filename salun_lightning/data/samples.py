@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from PIL.Image import Image
 from torch import Tensor
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torchvision.transforms.functional import pil_to_tensor
 from typing_extensions import override
 
@@ -25,35 +25,6 @@ class Samples(NamedTuple):
     """Classes, int64 of shape (B,)."""
     indices: Tensor
     """Positions in the set that the samples come from, int64 of shape (B,)."""
-
-
-class Requested(NamedTuple):
-    """A batch of images that a generative model is asked for."""
-
-    targets: Tensor
-    """Classes, int64 of shape (B,)."""
-    indices: Tensor
-    """Numbers of the images within their class, int64 of shape (B,)."""
-
-
-class ImageRequests(Dataset[Requested]):
-    """Asks for equally many images of each of some classes: index it with a list of positions.
-
-    Args:
-        classes: The classes.
-        per_class: How many images of each.
-    """
-
-    def __init__(self, classes: Sequence[int], per_class: int) -> None:
-        self.targets = torch.tensor(list(classes)).repeat_interleave(per_class)
-        self.indices = torch.arange(per_class).repeat(len(classes))
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    @override
-    def __getitem__(self, index: list[int]) -> Requested:
-        return Requested(self.targets[index], self.indices[index])
 
 
 def joined(parts: Sequence[Samples]) -> Samples:
@@ -175,6 +146,24 @@ class SampleBatches(Dataset[Any]):
             for row in (targets != expected).nonzero().flatten()[:1].tolist():
                 raise ValueError(contradiction(int(positions[row]), int(targets[row]), int(expected[row])))
         return targets
+
+
+def loader_of(batches: SampleBatches, sampler: Sampler[Any], num_workers: int, device: torch.device | None) -> DataLoader[Any]:
+    """A loader of whole batches.
+
+    Args:
+        batches: The samples.
+        sampler: Yields the positions of one batch after the other; its ``generator``, if it has one, seeds the workers.
+        num_workers: Loader processes, for datasets that are not held in memory.
+        device: Where images that are held in memory are moved, and stay; None leaves them where they are.
+    """
+    if isinstance(batches.source, ImageTensors):
+        num_workers = 0  # a batch is one indexing operation where the images lie: a worker could only be slower
+        if device is not None:
+            batches.source.images = batches.source.images.to(device)
+            batches.source.targets = batches.source.targets.to(device)
+    generator = getattr(sampler, "generator", None)
+    return DataLoader(batches, sampler=sampler, batch_size=None, num_workers=num_workers, generator=generator)
 
 
 _SCALES = {torch.uint8: 255, torch.uint16: 65535}

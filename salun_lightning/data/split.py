@@ -1,9 +1,11 @@
 """The split into what is trained on and what is for validation, and the digest that a checkpoint is told apart by."""
 
 import hashlib
+from collections.abc import Mapping
 
 import numpy as np
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 
@@ -32,3 +34,70 @@ def digest(*arrays: Tensor) -> str:
     for array in arrays:
         hashed.update(array.to(torch.int64).numpy().astype("<i8").tobytes())
     return hashed.hexdigest()[:16]
+
+
+def retained(forget: Tensor, trained: Tensor) -> Tensor:
+    """What is left of the training set without the forget set: positions, ascending.
+
+    Args:
+        forget: Positions of the forget set.
+        trained: Positions of the training set.
+
+    Raises:
+        ValueError: Either of the two parts is empty.
+    """
+    retain = trained[~torch.isin(trained, forget)]
+    for name, positions in (("forget", forget), ("retain", retain)):
+        if not len(positions):
+            raise ValueError(f"The {name} set is empty: the request selects {len(forget)} of {len(trained)} training images.")
+    return retain
+
+
+def digests(targets: Tensor, forget: Tensor, retain: Tensor) -> dict[str, str]:
+    """Digests of the training set and of the forget set, which a checkpoint carries.
+
+    Args:
+        targets: The class of each image of the training data, int64 of shape (N,).
+        forget: Positions of the forget set, ascending.
+        retain: Positions of the retain set.
+    """
+    trained = torch.cat([forget, retain]).sort().values
+    return {"training_set": digest(targets, trained), "forget_set": digest(targets, forget)}
+
+
+def check_made_with(there: Mapping[str, str], here: Mapping[str, str], resumed: bool) -> None:
+    """Refuse a checkpoint that was made with another split.
+
+    Args:
+        there: Digests and the order of the batches that the checkpoint was made with.
+        here: Those of this run.
+        resumed: Whether the run of the checkpoint is to go on.
+
+    Raises:
+        MisconfigurationException: The training set differs or, unless the checkpoint was trained on all of it, the forget set;
+            or a run is to go on in another order.
+    """
+    check_training_set(there, here)
+    if resumed and there["order"] != here["order"]:
+        raise MisconfigurationException(
+            f"The checkpoint is of a run with the order '{there['order']}', but this one has '{here['order']}': they cannot be"
+            " one run. Give the same order, or start a new run."
+        )
+    if there["order"] != "all" and there["forget_set"] != here["forget_set"]:
+        raise MisconfigurationException(
+            "The checkpoint was made with another forget set than this datamodule's. Give the forget request and seed that"
+            " it was made with."
+        )
+
+
+def check_training_set(there: Mapping[str, str], here: Mapping[str, str]) -> None:
+    """Refuse an original model that was trained on another training set.
+
+    Raises:
+        MisconfigurationException: The training set differs.
+    """
+    if there["training_set"] != here["training_set"]:
+        raise MisconfigurationException(
+            "The checkpoint was made with another split: its training set is not this datamodule's, so part of what is to"
+            " be forgotten may never have been trained on. Give the data, val_fraction and split_seed it was made with."
+        )

@@ -68,15 +68,25 @@ def _own_targets(dataset: Any, key: int | str) -> Any:
     return getattr(dataset, "labels", None) if targets is None else targets
 
 
-def check_classes(targets: Tensor, count: int) -> None:
-    """Refuse classes that have no name.
+def names_of(given: Sequence[Any] | None, train: Tensor, test: Tensor) -> list[str]:
+    """The names of all classes.
+
+    Args:
+        given: The names; by default the numbers of the classes of the training data.
+        train: The classes of the training data, int64 of shape (N,).
+        test: Those of the test data; may be empty.
 
     Raises:
         ValueError: A class is negative or beyond the names.
     """
+    names = [str(name) for name in (range(int(train.max()) + 1) if given is None else given)]
+    targets = torch.cat([train, test])
     for number in (int(targets.min()), int(targets.max())):
-        if not 0 <= number < count:
-            raise ValueError(f"There are samples of class {number}, but there are names for {count} classes, numbered from 0.")
+        if not 0 <= number < len(names):
+            raise ValueError(
+                f"There are samples of class {number}, but there are names for {len(names)} classes, numbered from 0."
+            )
+    return names
 
 
 def class_numbers(values: Any) -> Tensor:

@@ -13,7 +13,7 @@ from salun_lightning.methods.base import Kind, Method, part
 
 if TYPE_CHECKING:
     from salun_lightning.modules.base import UnlearningModule
-    from salun_lightning.modules.diffusion import ClassDiffusion
+    from salun_lightning.modules.diffusion import Diffusion
 
 
 class ESD(Method):
@@ -51,7 +51,7 @@ class ESD(Method):
 
     @override
     def loss(self, module: "UnlearningModule", batch: Mapping[str, Samples]) -> Tensor:
-        model, targets = cast("ClassDiffusion", module), part(batch, "forget", self).targets
+        model, targets = cast("Diffusion", module), part(batch, "forget", self).targets
         with torch.no_grad():
             noisy, timesteps = model.partly_sampled(targets, self.start_guidance, self.steps)
             without = model.denoise(noisy, timesteps, original=True)

@@ -14,7 +14,7 @@ from salun_lightning.methods.base import Kind, Method, part
 
 if TYPE_CHECKING:
     from salun_lightning.modules.base import UnlearningModule
-    from salun_lightning.modules.diffusion import ClassDiffusion
+    from salun_lightning.modules.diffusion import Diffusion
 
 
 class Remap(Method):
@@ -52,7 +52,7 @@ class Remap(Method):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        module = cast("ClassDiffusion", pl_module)
+        module = cast("Diffusion", pl_module)
         retained = module.retained_classes.tolist()
         if isinstance(self.to, int) and self.to not in retained:
             raise ValueError(f"Class {self.to} cannot stand in for what is forgotten: the retained classes are {retained}.")
@@ -63,7 +63,7 @@ class Remap(Method):
 
     @override
     def loss(self, module: "UnlearningModule", batch: Mapping[str, Samples]) -> Tensor:
-        model, forget = cast("ClassDiffusion", module), part(batch, "forget", self)
+        model, forget = cast("Diffusion", module), part(batch, "forget", self)
         noisy, timesteps, _ = model.noised(forget)
         with torch.no_grad():
             other = model.denoise(noisy, timesteps, self.remapped(forget.targets, model.retained_classes), original=True)

@@ -16,7 +16,7 @@ from salun_lightning.weights import plain_name
 
 if TYPE_CHECKING:
     from salun_lightning.modules.base import UnlearningModule
-    from salun_lightning.modules.diffusion import ClassDiffusion
+    from salun_lightning.modules.diffusion import Diffusion
 
 _BATCH = 256
 
@@ -63,7 +63,7 @@ class SelectiveAmnesia(Method):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        model = cast("ClassDiffusion", pl_module)
+        model = cast("Diffusion", pl_module)
         drawn = self._drawn(model)
         retained = torch.isin(drawn.targets, model.retained_classes.to(drawn.targets.device))
         self._replay = Samples(*(field[retained] for field in drawn))
@@ -82,7 +82,7 @@ class SelectiveAmnesia(Method):
             if weight.requires_grad
         ]
 
-    def _drawn(self, model: "ClassDiffusion") -> Samples:
+    def _drawn(self, model: "Diffusion") -> Samples:
         """Images of every class by the original model."""
         numbers = torch.arange(model.num_classes * self.images)
         wanted = Samples(numbers, numbers // self.images, numbers)
@@ -104,7 +104,7 @@ class SelectiveAmnesia(Method):
 
 
 @contextmanager
-def _original_weights(model: "ClassDiffusion") -> Iterator[None]:
+def _original_weights(model: "Diffusion") -> Iterator[None]:
     """The network with the original weights, which it no longer has when training is resumed."""
     now = {name: tensor.clone() for name, tensor in model.network.state_dict().items()}
     model.network.load_state_dict(model.reference.state_dict())

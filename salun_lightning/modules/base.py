@@ -22,6 +22,7 @@ from salun_lightning.methods.base import Kind, Method, check_kind
 from salun_lightning.methods.finetune import FineTune
 from salun_lightning.modules.record import KEY, arguments_from, check_resumed, record_of
 from salun_lightning.modules.trouble import Divergence, batch_norm_explained
+from salun_lightning.networks.frozen import Frozen
 from salun_lightning.networks.loading import load_weights, read_checkpoint
 from salun_lightning.weights import train_only
 
@@ -74,7 +75,7 @@ class UnlearningModule(LightningModule, ABC):
         self.make_lr_scheduler = lr_scheduler
         self.lr_interval = lr_interval
         self._started = False
-        self._reference: list[nn.Module] = []  # in a list, so that it is neither a part of this module nor saved with it
+        self._reference: Frozen | None = None
 
     @abstractmethod
     def losses(self, samples: Samples) -> Tensor:
@@ -119,10 +120,9 @@ class UnlearningModule(LightningModule, ABC):
         used = self._started  # the network may hold other weights, of training or of a test before
         self._load_original()  # before the strategy wraps or shards the network; a resumed run restores its own weights later
         if self.method.needs_original:
-            reference = deepcopy(self.network).eval().requires_grad_(False)
+            self._reference = Frozen(deepcopy(self.network))
             if used and self.original is not None:
-                load_weights(reference, read_checkpoint(self.original))
-            self._reference = [reference]
+                load_weights(self.reference, read_checkpoint(self.original))
 
     def _load_original(self) -> None:
         """Load the original model, unless training or a checkpoint has already put other weights in place."""
@@ -135,7 +135,7 @@ class UnlearningModule(LightningModule, ABC):
         self._started = True
 
     def check_original(self, checkpoint: Mapping[str, Any]) -> None:
-        """Refuse an original model that does not fit this module; by default any does whose weights fit the network.
+        """Refuse a model that does not fit this module, original or resumed; by default any does whose weights fit the network.
 
         Args:
             checkpoint: What ``read_checkpoint`` returned.
@@ -148,11 +148,11 @@ class UnlearningModule(LightningModule, ABC):
         Raises:
             MisconfigurationException: The method does not, or nothing is trained.
         """
-        if not self._reference:
+        if self._reference is None:
             raise MisconfigurationException(
                 "There is no original model to refer to: only methods with needs_original keep one."
             )
-        return self._reference[0]
+        return self._reference.network
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -162,6 +162,7 @@ class UnlearningModule(LightningModule, ABC):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
             check_resumed(checkpoint.get(KEY, {}), self.method)
+        self.check_original(checkpoint)
         self._started = True
 
     @classmethod
@@ -184,8 +185,6 @@ class UnlearningModule(LightningModule, ABC):
 
     @override
     def on_fit_start(self) -> None:
-        for reference in self._reference:  # to the device and precision of training, before the method asks it
-            reference.to(next(self.network.parameters()))
         self._divergence = Divergence()
         self.check_network()
 
@@ -207,7 +206,7 @@ class UnlearningModule(LightningModule, ABC):
 
     @override
     def on_fit_end(self) -> None:
-        self._reference = []
+        self._reference = None
 
     @override
     def on_train_epoch_start(self) -> None:
@@ -258,7 +257,7 @@ def set_name(module: LightningModule, loaders: Any, number: int) -> str:
     Raises:
         MisconfigurationException: The loaders are not a dictionary by set.
     """
-    if not isinstance(loaders, Mapping) or not set(loaders) <= {*SETS, "generated"}:
+    if not isinstance(loaders, Mapping) or not set(loaders) <= {*SETS}:
         raise MisconfigurationException(
             f"{type(module).__name__} tells the evaluation sets apart by name: give a dictionary of loaders called"
             f" {', '.join(SETS)}, as ForgetRetainDataModule does."

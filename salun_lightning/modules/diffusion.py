@@ -1,61 +1,77 @@
-"""Class-conditional diffusion models."""
+"""What all diffusion models share."""
 
-import os
-from collections.abc import Mapping
-from pathlib import Path
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from diffusers import SchedulerMixin
-from diffusers.models.embeddings import LabelEmbedding
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from salun_lightning.data import Requested, Samples, run_seed
-from salun_lightning.metrics import GenerationQuality
+from salun_lightning.callbacks import GenerationEvaluator
+from salun_lightning.callbacks.requests import Requested
+from salun_lightning.data import Samples
 from salun_lightning.modules.base import UnlearningModule, set_name
-from salun_lightning.modules.sampling import PROCESS, Sampling, generators, noise_of, run, sampler, training_process
-from salun_lightning.networks.pipeline import save_pipeline
+from salun_lightning.modules.noise import (
+    check_schedule,
+    check_shape,
+    paired_timesteps,
+    seeded_noise,
+    shape_from_config,
+    with_noise,
+)
+from salun_lightning.modules.sampling import (
+    PROCESS,
+    Sampling,
+    generators,
+    noise_of,
+    part_way,
+    run,
+    sampler,
+    training_process,
+)
 
 
-class ClassDiffusion(UnlearningModule):
-    """Trains, unlearns, samples and tests a pixel diffusion model that is told the class.
+class Diffusion(UnlearningModule):
+    """Trains, unlearns, samples and tests a model that predicts noise, told a condition: a number, here ``targets``.
 
-    ``test`` logs the noise-prediction error on every set (``test/val/loss``), and, with ``quality``, what
-    ``GenerationQuality`` measures on the images that the datamodule requests (``generated_per_class``), against the training
-    images of the classes that are retained.
+    A subclass knows what a condition means, and says how the network is called with it (:meth:`predict`). It may also say which
+    condition stands for none (:attr:`null`), and how images become the latents that noise is added to (:meth:`encode`,
+    :meth:`decode`, :attr:`latent_shape`), by default their pixels. Latents and predictions have shape (B, C, H, W).
+
+    ``test`` logs the noise-prediction error on every set (``test/val/loss``), and what ``evaluation`` measures.
 
     Args:
-        network: Called as ``network(noisy, timesteps, class_labels=classes, return_dict=False)``, it returns a tuple with the
-            prediction (B, C, H, W): a ``UNet2DModel`` or ``DiTTransformer2DModel`` of diffusers, or what has the same
-            signature. Dropping labels of its own accord, as the latter does, is switched off.
+        network: What is trained.
         noise_scheduler: The noise schedule: any scheduler of diffusers that has one and predicts noise or velocity.
-        null_class: The number that stands for no class, which guidance needs: one that no class of the data has, such as 10 for
-            a network of 11 class embeddings and data of 10 classes.
-        label_dropout: How often training puts the null class in the place of the class.
+        label_dropout: How often training puts the null condition in the place of the condition.
         sampling: How images are sampled.
-        quality: Judges the images that are sampled in ``test``.
+        evaluation: Samples images in ``test`` and measures them; it also says which images ``predict`` samples.
         gradient_checkpointing: Whether the network computes activations again in the backward pass, which saves memory.
         optimizer: Makes the optimizer from the parameters.
         **kwargs: See ``UnlearningModule``.
 
     Raises:
-        ValueError: The scheduler does not fit, or there is guidance or label dropout without a null class.
+        ValueError: The scheduler or a number does not fit.
     """
 
     kind = "diffusion"
+    null: int | None = None
+    """The condition that stands for none, which guidance and label dropout need."""
 
     def __init__(
         self,
         network: nn.Module,
         noise_scheduler: SchedulerMixin,
-        null_class: int | None = None,
         label_dropout: float = 0.0,
         sampling: Sampling = Sampling(),  # noqa: B008  # frozen
-        quality: GenerationQuality | None = None,
+        evaluation: GenerationEvaluator | None = None,
         gradient_checkpointing: bool = False,
         optimizer: OptimizerCallable = lambda p: torch.optim.Adam(p, lr=2e-4),
         **kwargs: Any,
@@ -63,40 +79,51 @@ class ClassDiffusion(UnlearningModule):
         super().__init__(network, optimizer=optimizer, **kwargs)
         if not 0 <= label_dropout <= 1:
             raise ValueError(f"label_dropout must lie between 0 and 1, got {label_dropout}.")
-        if null_class is None and (label_dropout or sampling.guidance != 1):
-            raise ValueError(
-                "Guidance and label dropout need a null class, and the model has none: give null_class and a network with an"
-                " embedding for it, or set guidance to 1 and label_dropout to 0."
-            )
         self.process = training_process(noise_scheduler)
         self.scheduler = sampler(sampling.scheduler, self.process)
         self.ddim = sampler(None, self.process)
-        self.null_class = null_class
         self.label_dropout = label_dropout
         self.sampling = sampling
-        self.quality = quality
-        for child in network.modules():
-            if isinstance(child, LabelEmbedding):
-                child.dropout_prob = 0.0
+        self.evaluation = evaluation
         if gradient_checkpointing:
             if not hasattr(network, "enable_gradient_checkpointing"):
                 raise ValueError(f"{type(network).__name__} offers no gradient checkpointing.")
             network.enable_gradient_checkpointing()  # type: ignore[operator]
 
+    @abstractmethod
+    def predict(self, network: nn.Module, noisy: Tensor, timesteps: Tensor, conditions: Tensor) -> Tensor:
+        """Call a network, that in training or the original one, with noisy latents, timesteps (B,) and conditions (B,)."""
+
+    def encode(self, images: Tensor) -> Tensor:
+        """The latents of images in [0, 1]."""
+        return 2 * images - 1
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images, roughly in [0, 1], of latents."""
+        return (latents + 1) / 2
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of latents."""
+        return shape_from_config(self.network)
+
+    @override
+    def configure_callbacks(self) -> list[Callback]:
+        own = [] if self.evaluation is None else [self.evaluation]
+        return [*super().configure_callbacks(), *own]
+
     @override
     def setup(self, stage: str) -> None:
-        classes, embedded = self.num_classes, _num_embedded(self.network)
-        if self.null_class is not None and self.null_class < classes:
-            raise ValueError(f"null_class {self.null_class} is the number of a class of the data, which has {classes}.")
-        needed = max(classes, 0 if self.null_class is None else self.null_class + 1)
-        if embedded is not None and embedded < needed:
-            raise ValueError(
-                f"The network embeds {embedded} classes, but {needed} are needed: {classes} of the data"
-                + (f", and null_class is {self.null_class}." if self.null_class is not None else ".")
-            )
         forgotten = getattr(self.datamodule, "forgotten_classes", [])
-        self._retained = torch.tensor([number for number in range(classes) if number not in forgotten], dtype=torch.int64)
+        self._retained = torch.tensor([n for n in range(self.num_classes) if n not in forgotten], dtype=torch.int64)
         super().setup(stage)
+
+    @property
+    def retained_classes(self) -> Tensor:
+        """The conditions that are not forgotten whole, ascending int64."""
+        if self._retained.device != self.device:  # once: a step is not to wait for a copy to the device
+            self._retained = self._retained.to(self.device)
+        return self._retained
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -104,105 +131,43 @@ class ClassDiffusion(UnlearningModule):
         checkpoint["noise_schedule"] = {key: self.process.config[key] for key in PROCESS}
 
     @override
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_load_checkpoint(checkpoint)
-        self.check_original(checkpoint)
-
-    @override
     def check_original(self, checkpoint: Mapping[str, Any]) -> None:
-        """Refuse a model that was trained with another noise schedule, or to predict something else.
-
-        Raises:
-            ValueError: A setting differs.
-        """
-        schedule = checkpoint.get("noise_schedule", {})
-        for key in PROCESS:
-            own = self.process.config[key]
-            if schedule.get(key, own) != own:
-                raise ValueError(
-                    f"The checkpoint was trained with another noise schedule: {key} {schedule[key]}, here it is {own}. Give the"
-                    " noise_scheduler that it was trained with."
-                )
-
-    @property
-    def retained_classes(self) -> Tensor:
-        """The classes that are not forgotten whole, ascending int64."""
-        if self._retained.device != self.device:  # once: a step is not to wait for a copy to the device
-            self._retained = self._retained.to(self.device)
-        return self._retained
-
-    @override
-    def forward(self, noisy: Tensor, timesteps: Tensor, targets: Tensor) -> Tensor:
-        """The prediction (B, C, H, W) from noisy images at timesteps (B,) for classes (B,)."""
-        return self.denoise(noisy, timesteps, targets)
+        check_schedule(self.process, checkpoint.get("noise_schedule", {}))
 
     def denoise(self, noisy: Tensor, timesteps: Tensor, targets: Tensor | None = None, original: bool = False) -> Tensor:
-        """The prediction for classes, or for none, by the network or by the original model.
-
-        Args:
-            noisy: Images with noise, (B, C, H, W).
-            timesteps: Of their noise, (B,).
-            targets: Classes (B,); None for the null class.
-            original: Whether the original model is asked, which is there for methods that need it.
-
-        Returns:
-            (B, C, H, W), in float32 whatever the network computes in.
-
-        Raises:
-            ValueError: The null class is asked for and the model has none, or the prediction has not the shape of the images.
-        """
+        """The prediction for conditions (B,), or for none, by the network or by the original model; always in float32."""
         if targets is None:
-            if self.null_class is None:
-                raise ValueError("A prediction without a class needs a null class, and the model has none: give null_class.")
-            targets = torch.full((len(noisy),), self.null_class, device=noisy.device)
+            targets = torch.full((len(noisy),), self._null("A prediction without a class"), device=noisy.device)
         network = self.reference if original else self.network
-        weight = next(network.parameters())
-        prediction: Tensor = network(noisy.to(weight.dtype), timesteps, class_labels=targets, return_dict=False)[0]
-        if prediction.shape != noisy.shape:
-            raise ValueError(
-                f"The network makes {tuple(prediction.shape[1:])} of images of {tuple(noisy.shape[1:])}: a prediction must have"
-                " the shape of the images. Variances cannot be learned."
-            )
+        prediction = self.predict(network, noisy.to(next(network.parameters()).dtype), timesteps, targets)
+        check_shape(prediction, noisy)
         return prediction.float()
+
+    def _null(self, what: str) -> int:
+        if self.null is None:
+            raise ValueError(f"{what} needs a null class, and the model has none: give null_class.")
+        return self.null
 
     def guided(
         self, noisy: Tensor, timesteps: Tensor, targets: Tensor, guidance: float | None = None, original: bool = False
     ) -> Tensor:
-        """The prediction with classifier-free guidance (Ho and Salimans, 2022), both halves in one pass.
-
-        Args:
-            noisy: Images with noise, (B, C, H, W).
-            timesteps: Of their noise, (B,).
-            targets: Classes (B,).
-            guidance: Scale, 1 is none; by default that of the sampling.
-            original: Whether the original model is asked.
-        """
+        """The prediction with classifier-free guidance (Ho and Salimans, 2022), by default that of the sampling; 1 is none."""
         scale = self.sampling.guidance if guidance is None else guidance
         if scale == 1:
             return self.denoise(noisy, timesteps, targets, original)
-        if self.null_class is None:
-            raise ValueError("Guidance needs a null class, and the model has none: give null_class.")
-        both = torch.cat([targets, torch.full_like(targets, self.null_class)])
+        both = torch.cat([targets, torch.full_like(targets, self._null("Guidance"))])
         toward, without = self.denoise(noisy.repeat(2, 1, 1, 1), timesteps.repeat(2), both, original).chunk(2)
         return without + scale * (toward - without)
 
+    def _toward(self, targets: Tensor, guidance: float | None, original: bool) -> Callable[[Tensor, Tensor], Tensor]:
+        """The guided prediction on the way to images: all of them are at one timestep."""
+        return lambda noisy, timestep: self.guided(noisy, timestep.expand(len(noisy)), targets, guidance, original)
+
     def noised(self, samples: Samples) -> tuple[Tensor, Tensor, Tensor]:
-        """Noise the images of a training batch, to timesteps that come in pairs t and T - 1 - t.
-
-        Returns:
-            Noisy images (B, C, H, W), timesteps (B,), and what the network should predict (B, C, H, W).
-        """
-        size, last = len(samples.targets), self.process.config.num_train_timesteps - 1
-        half = torch.randint(last + 1, ((size + 1) // 2,), device=samples.inputs.device)
-        timesteps = torch.cat([half, last - half])[:size]
-        return self._with_noise(samples, timesteps, torch.randn_like(samples.inputs, dtype=torch.float32))
-
-    def _with_noise(self, samples: Samples, timesteps: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        images = 2 * samples.inputs.float() - 1
-        noisy = self.process.add_noise(images, noise, timesteps)
-        if self.process.config.prediction_type == "epsilon":
-            return noisy, timesteps, noise
-        return noisy, timesteps, self.process.get_velocity(images, noise, timesteps)
+        """Noisy latents of a training batch, their timesteps (B,), and what the network should predict from them."""
+        latents = self.encode(samples.inputs.float())
+        timesteps = paired_timesteps(len(latents), self.process, latents.device)
+        return with_noise(self.process, latents, timesteps, torch.randn_like(latents))
 
     @override
     def losses(self, samples: Samples) -> Tensor:
@@ -211,7 +176,7 @@ class ClassDiffusion(UnlearningModule):
         targets = samples.targets
         if self.label_dropout and self.training:
             dropped = torch.rand(len(targets), device=targets.device) < self.label_dropout
-            targets = torch.where(dropped, self.null_class or 0, targets)
+            targets = torch.where(dropped, self._null("Label dropout"), targets)
         error = functional.mse_loss(self.denoise(noisy, timesteps, targets), wanted, reduction="none")
         return error.flatten(1).mean(1)
 
@@ -221,153 +186,47 @@ class ClassDiffusion(UnlearningModule):
         return self.seeded_loss(samples, self.sampling.guidance)
 
     def seeded_loss(self, samples: Samples, guidance: float = 1.0) -> Tensor:
-        """The task loss without label dropout. Noise and timestep of a sample depend on the seed and its number alone.
-
-        Args:
-            samples: Images in [0, 1].
-            guidance: Scale of classifier-free guidance in the prediction.
-        """
-        device = samples.inputs.device
-        own = generators(torch.zeros_like(samples.indices), samples.indices, run_seed())
-        count = self.process.config.num_train_timesteps
-        timesteps = torch.cat([torch.randint(count, (1,), generator=generator) for generator in own]).to(device)
-        noisy, _, wanted = self._with_noise(samples, timesteps, noise_of(own, samples.inputs.shape[1:], device))
+        """The task loss with guidance and without label dropout, with noise that depends on seed and number alone."""
+        latents = self.encode(samples.inputs.float())
+        noisy, timesteps, wanted = with_noise(self.process, latents, *seeded_noise(latents, samples.indices, self.process))
         return functional.mse_loss(self.guided(noisy, timesteps, samples.targets, guidance), wanted)
 
     @torch.no_grad()
     def sample(self, targets: Tensor, indices: Tensor, original: bool = False) -> Tensor:
-        """Sample images, each from the noise that belongs to its class and number.
-
-        Args:
-            targets: Classes, int64 of shape (B,).
-            indices: Numbers of the images within their class, int64 of shape (B,).
-            original: Whether the original model is asked, which is there for methods that need it.
-
-        Returns:
-            (B, C, H, W) in [0, 1].
-        """
+        """Images in [0, 1] of conditions (B,), each from the noise that belongs to its condition and its number (B,)."""
         own, targets = generators(targets, indices, self.sampling.seed), targets.to(self.device)
         self.scheduler.set_timesteps(self.sampling.steps, device=self.device)
-
-        def predict(noisy: Tensor, timestep: Tensor) -> Tensor:
-            return self.guided(noisy, timestep.expand(len(noisy)), targets, original=original)
-
-        images = run(self.scheduler, predict, noise_of(own, self.image_shape, self.device), own)
-        return ((images + 1) / 2).clamp(0, 1)
+        noise = noise_of(own, self.latent_shape, self.device)
+        return self.decode(run(self.scheduler, self._toward(targets, None, original), noise, own)).clamp(0, 1)
 
     def partly_sampled(self, targets: Tensor, guidance: float, steps: int) -> tuple[Tensor, Tensor]:
-        """Where the original model is, after a random number of DDIM steps, on its way to images of these classes.
-
-        Args:
-            targets: Classes, int64 of shape (B,).
-            guidance: Scale of classifier-free guidance.
-            steps: How many steps the whole way has.
-
-        Returns:
-            Noisy images (B, C, H, W) and timesteps (B,), each drawn from those up to the last step that was taken.
-        """
-        count = self.process.config.num_train_timesteps
-        steps = min(steps, count)
-        self.ddim.set_timesteps(steps, device=self.device)
-        stop = int(torch.randint(len(self.ddim.timesteps), ()))
-
-        def predict(noisy: Tensor, timestep: Tensor) -> Tensor:
-            return self.guided(noisy, timestep.expand(len(noisy)), targets, guidance, original=True)
-
-        noise = torch.randn(len(targets), *self.image_shape, dtype=torch.float32, device=self.device)
-        timesteps = self.ddim.timesteps[stop] + torch.randint(count // steps, (len(targets),), device=self.device)
-        return run(self.ddim, predict, noise, stop=stop), timesteps.clamp(max=count - 1)
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of the images, as the network's configuration has them."""
-        config = getattr(self.network, "config", {})
-        size = config.get("sample_size")
-        if size is None:
-            raise MisconfigurationException(
-                "It is not known which images the network makes: give it a config with sample_size and in_channels, as those of"
-                " diffusers have."
-            )
-        height, width = (size, size) if isinstance(size, int) else size
-        return int(config["in_channels"]), int(height), int(width)
+        """Where the original model is, after a random number of DDIM ``steps``, on its way to images; see ``part_way``."""
+        shape = (len(targets), *self.latent_shape)
+        return part_way(self.ddim, self._toward(targets, guidance, original=True), shape, steps, self.device)
 
     @override
     def validation_step(self, samples: Samples, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._log_loss("val", set_name(self, self.trainer.val_dataloaders, dataloader_idx), samples)
+        self._log_loss("val", self.trainer.val_dataloaders, dataloader_idx, samples)
 
-    def _log_loss(self, stage: str, name: str, samples: Samples) -> None:
-        loss, size = self.seeded_loss(samples), len(samples.targets)
+    @override
+    def test_step(self, samples: Samples, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+        return {"set": self._log_loss("test", self.trainer.test_dataloaders, dataloader_idx, samples)}
+
+    def _log_loss(self, stage: str, loaders: Any, number: int, samples: Samples) -> str:
+        name, loss, size = set_name(self, loaders, number), self.seeded_loss(samples), len(samples.targets)
         self.log(f"{stage}/{name}/loss", loss, add_dataloader_idx=False, batch_size=size, on_epoch=True, sync_dist=True)
+        return name
 
     @override
-    def on_test_epoch_start(self) -> None:
-        if self.quality is None:
-            return
-        if "generated" not in (self.trainer.test_dataloaders or {}):
+    def predict_dataloader(self) -> dict[str, DataLoader[Requested]]:
+        if self.evaluation is None:
             raise MisconfigurationException(
-                "There are no generated images to judge: set the datamodule's generated_per_class, or leave quality out."
+                "A diffusion model predicts images that are asked for: give its evaluation, a GenerationEvaluator."
             )
-        self.quality.start(getattr(self.datamodule, "class_names", ()))
+        return {"generated": self.evaluation.loader(self.trainer)}
 
     @override
-    def test_step(self, batch: Samples | Requested, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
-        name = set_name(self, self.trainer.test_dataloaders, dataloader_idx)
-        real = isinstance(batch, Samples)
-        if isinstance(batch, Samples):
-            self._log_loss("test", name, batch)
-            output: dict[str, Any] = {"set": name}
-            images = batch.inputs
-        else:
-            output = self.generated(batch)
-            images = output["image"].float() / 255  # what a file of it would hold
-        if self.quality is not None and name in ("retain", "test", "generated"):
-            retained = torch.isin(batch.targets, self.retained_classes)
-            self.quality.update(images, batch.targets, retained, real, held_out=name == "test")
-        return output
-
-    @override
-    def on_test_epoch_end(self) -> None:
-        if self.quality is not None:
-            self.log_dict(self.quality.compute(), sync_dist=True)
-
-    @override
-    def predict_step(self, batch: Samples | Requested, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
-        if isinstance(batch, Samples):
-            raise MisconfigurationException(
-                "A diffusion model predicts images that are asked for: set the datamodule's generated_per_class."
-            )
-        return self.generated(batch)
-
-    def generated(self, batch: Requested) -> dict[str, Any]:
-        """Sample what is requested.
-
-        Returns:
-            ``set`` ("generated"), ``image`` (uint8 of shape (B, C, H, W)), ``target`` (B,) and ``index`` (B,).
-        """
-        images = self.sample(batch.targets, batch.indices)
-        return {
-            "set": "generated",
-            "image": (255 * images).round().to(torch.uint8),
-            "target": batch.targets,
-            "index": batch.indices,
-        }
-
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Save the network and its noise schedule as a pipeline directory that plain diffusers loads.
-
-        Args:
-            folder: The directory; it appears whole or not at all.
-
-        Raises:
-            ValueError: The network is not one of diffusers.
-        """
-        save_pipeline(self.network, self.process, Path(folder))
-
-
-def _num_embedded(network: nn.Module) -> int | None:
-    """How many classes a network of diffusers embeds."""
-    config = getattr(network, "config", {})
-    if config.get("num_class_embeds") is not None:
-        return int(config["num_class_embeds"])
-    adaptive = config.get("num_embeds_ada_norm")
-    return None if adaptive is None else int(adaptive) + 1  # such networks have a null class of their own
+    def predict_step(self, batch: Requested, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+        """The images (uint8) that are requested, as ``image``, with ``target`` (B,), ``index`` (B,) and ``set``."""
+        images = (255 * self.sample(batch.targets, batch.indices)).round().to(torch.uint8)
+        return {"set": "generated", "image": images, "target": batch.targets, "index": batch.indices}

@@ -16,6 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from salun_lightning.callbacks import GenerationEvaluator
 from salun_lightning.data import run_seed
 from salun_lightning.methods.base import Method
 
@@ -136,7 +137,7 @@ def _check_name(name: str) -> None:
         )
 
 
-_MADE = (nn.Module, Method, Optimizer, LRScheduler)
+_MADE = (nn.Module, Method, GenerationEvaluator, Optimizer, LRScheduler)
 
 
 def _resolved(name: str) -> Any:

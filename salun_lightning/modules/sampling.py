@@ -136,3 +136,27 @@ def run(
         prediction = predict(scheduler.scale_model_input(images, timestep), timestep)
         images = scheduler.step(prediction, timestep, images, return_dict=False, **extra)[0]
     return images
+
+
+def part_way(
+    scheduler: Any, predict: Callable[[Tensor, Tensor], Tensor], shape: tuple[int, ...], steps: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Go a random part of the way from noise towards images, with random numbers of the global generator.
+
+    Args:
+        scheduler: A scheduler that takes any number of steps, such as DDIM.
+        predict: See :func:`run`.
+        shape: Of the images and their number, (B, C, H, W).
+        steps: How many steps the whole way has.
+        device: Where to.
+
+    Returns:
+        Where the images are (B, C, H, W), and timesteps (B,), each drawn from those up to the last step that was taken.
+    """
+    count = scheduler.config.num_train_timesteps
+    steps = min(steps, count)
+    scheduler.set_timesteps(steps, device=device)
+    stop = int(torch.randint(len(scheduler.timesteps), ()))
+    noise = torch.randn(shape, dtype=torch.float32, device=device)
+    timesteps = scheduler.timesteps[stop] + torch.randint(count // steps, (shape[0],), device=device)
+    return run(scheduler, predict, noise, stop=stop), timesteps.clamp(max=count - 1)

@@ -15,14 +15,19 @@ from salun_lightning.weights import plain_name, renamings
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a Lightning checkpoint, a ``state_dict``, a safetensors file or a pipeline directory of diffusers, on the CPU.
+    """Read a Lightning checkpoint, a ``state_dict``, a safetensors file or a pipeline of diffusers, on the CPU.
 
     No pickle is executed.
+
+    Args:
+        path: A file, the directory of a pipeline, or ``hf://owner/name`` for a pipeline on the hub of Hugging Face.
 
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: The file is damaged, or would need code to be executed.
     """
+    if str(path).startswith(_HUB):
+        return read_pipeline(str(path).removeprefix(_HUB))
     path = Path(path)
     if path.is_dir():
         return read_pipeline(path)
@@ -121,6 +126,7 @@ def load_weights(network: nn.Module, checkpoint: Mapping[str, Any]) -> None:
         rank_zero_warn(f"The checkpoint also holds {_some(extra)}, which the network does not have. That is left out.")
 
 
+_HUB = "hf://"
 _KEYS = ("state_dict", "model_state_dict", "model", "net", "network", "state_dict_ema", "model_ema", "ema")
 _TWICE = "The checkpoint has two weights of one name, once wrappers are left out. Save its network alone."
 

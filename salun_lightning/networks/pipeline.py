@@ -1,16 +1,14 @@
 """Pipeline directories, as diffusers reads and writes them."""
 
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
 from torch import nn
 
+from salun_lightning.files import whole_folder
+
 _COMPONENTS = ("unet", "transformer")
-_WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def save_pipeline(network: nn.Module, scheduler: Any, folder: Path) -> None:
@@ -33,52 +31,58 @@ def save_pipeline(network: nn.Module, scheduler: Any, folder: Path) -> None:
         )
     if folder.exists() and not (folder / "model_index.json").is_file():
         raise ValueError(f"'{folder}' is there and is not a pipeline directory, so it is not replaced.")
-    unfinished, replaced = (folder.with_name(f"{folder.name}.{os.getpid()}.{word}") for word in ("part", "old"))
-    try:
+    with whole_folder(folder) as unfinished:
         DDPMPipeline(unet=network, scheduler=scheduler).save_pretrained(unfinished)
-        if folder.exists():
-            os.replace(folder, replaced)
-        os.replace(unfinished, folder)
-    finally:
-        if replaced.exists() and not folder.exists():  # it broke off in between
-            os.replace(replaced, folder)
-        for leftover in (unfinished, replaced):
-            shutil.rmtree(leftover, ignore_errors=True)
 
 
-def read_pipeline(folder: Path) -> dict[str, Any]:
-    """Read a pipeline directory: the weights and the configuration of its network, and its noise schedule.
+def read_pipeline(source: Path | str) -> dict[str, Any]:
+    """Read the network of a pipeline and its noise schedule, with the loaders of diffusers. No pickle is executed.
+
+    Args:
+        source: A directory, or the name of a pipeline on the hub of Hugging Face.
 
     Returns:
         ``state_dict``, ``network_config`` and ``noise_schedule``.
 
     Raises:
-        ValueError: It is no such directory, is damaged, or has no network in one file of safetensors.
+        ValueError: It is no pipeline, is damaged, or has no network of diffusers in safetensors.
     """
-    if not (folder / "model_index.json").is_file():
-        raise ValueError(f"'{folder}' is not a pipeline directory: it holds no model_index.json.")
-    networks = [folder / name for name in _COMPONENTS if (folder / name / "config.json").is_file()]
-    if not networks:
-        raise ValueError(f"The pipeline '{folder}' holds no network under {' or '.join(_COMPONENTS)}.")
-    weights = networks[0] / _WEIGHTS
-    if weights.with_name(f"{_WEIGHTS}.index.json").is_file():
-        raise ValueError(f"'{networks[0]}' holds its weights in several files. Save it with a larger max_shard_size.")
-    if not weights.is_file():
-        raise ValueError(f"'{networks[0]}' holds no {_WEIGHTS}. Save the pipeline with safe_serialization=True and no variant.")
-    schedule = folder / "scheduler" / "scheduler_config.json"
+    import diffusers
+
+    if isinstance(source, Path) and not (source / "model_index.json").is_file():
+        raise ValueError(f"'{source}' is not a pipeline directory: it holds no model_index.json.")
+    verbosity = diffusers.logging.get_verbosity()
+    diffusers.logging.set_verbosity(diffusers.logging.CRITICAL)  # the errors below say the same
     try:
-        return {
-            "state_dict": dict(load_file(weights)),
-            "network_config": _read_json(networks[0] / "config.json"),
-            "noise_schedule": _read_json(schedule) if schedule.is_file() else {},
-        }
+        index = diffusers.DiffusionPipeline.load_config(source)
+        component = next((name for name in _COMPONENTS if index.get(name, [None])[0] == "diffusers"), None)
+        if component is None:
+            raise ValueError(f"It holds no network of diffusers under {' or '.join(_COMPONENTS)}.")
+        kind = getattr(diffusers, index[component][1])
+        if not issubclass(kind, diffusers.ModelMixin):
+            raise ValueError(f"Its {component} is a {kind.__name__}, which is no network.")
+        network, found = kind.from_pretrained(source, subfolder=component, use_safetensors=True, output_loading_info=True)
+        schedule = diffusers.DDPMScheduler.load_config(source, subfolder="scheduler") if "scheduler" in index else {}
     except Exception as error:
-        raise ValueError(f"'{folder}' cannot be read as a pipeline; a file may be truncated: {error}") from error
+        reason = str(error).partition("\n")[0].rstrip(" .")
+        raise ValueError(
+            f"'{source}' cannot be read as a pipeline; a file may be truncated or missing: {reason}. Save it with"
+            " save_pretrained and safe_serialization=True: its weights are read from safetensors alone."
+        ) from error
+    finally:
+        diffusers.logging.set_verbosity(verbosity)
+    state = network.state_dict()
+    return {
+        "state_dict": {name: state[name] for name in state if name not in found["missing_keys"]},
+        "network_config": {**_plain(network), "_class_name": kind.__name__},
+        "noise_schedule": schedule,
+    }
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return content
+def _plain(network: Any) -> dict[str, Any]:
+    """The configuration of a network, with tuples as they are read back."""
+    plain: dict[str, Any] = json.loads(json.dumps(dict(network.config), default=str))
+    return plain
 
 
 def check_architecture(network: nn.Module, config: dict[str, Any]) -> None:
@@ -95,7 +99,7 @@ def check_architecture(network: nn.Module, config: dict[str, Any]) -> None:
     theirs, ours = config.get("_class_name"), type(network).__name__
     if theirs != ours:
         raise ValueError(f"The pipeline holds a {theirs}, but the network of this configuration is a {ours}.")
-    own = json.loads(json.dumps(dict(network.config), default=str))  # type: ignore[arg-type]  # tuples as they are read back
+    own = _plain(network)
     differing = sorted(key for key, value in config.items() if not key.startswith("_") and key in own and own[key] != value)
     if differing:
         told = ", ".join(f"{key} {config[key]} (here {own[key]})" for key in differing[:3])

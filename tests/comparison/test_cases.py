@@ -22,7 +22,7 @@ CONFIGS = Path(__file__).parents[2] / "configs" / "digits" / "diffusion"
 ROWS = {"Retrain": "retrain.yaml", "original": "original.yaml", "ESD": "esd.yaml", "SalUn": "salun.yaml"}
 CASES = {"three": {"data.forget.names": ["3"]}, "a 5": {"data.forget.names": ["5"]}}
 SMALL: dict[str, Any] = {"seeds": [1], "cases": {}}
-OPTIONS = {"seed_everything": "{seed}", "model.quality.weights": "{judge}"}
+OPTIONS = {"seed_everything": "{seed}", "model.evaluation.weights": "{judge}"}
 
 
 def row(file: str, folder: Path = CONFIGS, **options: Any) -> Row:
@@ -115,7 +115,7 @@ def test_placeholders_of_models_trained_first() -> None:
     encoder, judge = plan.first
     assert encoder.checkpoint == Path("out/encoder/checkpoints/last.ckpt")
     assert f"--model.original {encoder.checkpoint}" in judge.command
-    assert all(f"--model.quality.weights {judge.checkpoint}" in cell.command for cell in plan.cells)
+    assert all(f"--model.evaluation.weights {judge.checkpoint}" in cell.command for cell in plan.cells)
     assert not any("{" in cell.command for cell in (*plan.first, *plan.cells))
 
 

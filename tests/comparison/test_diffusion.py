@@ -22,10 +22,10 @@ CASES = ["3", "5"]
 PER_CLASS, SHOWN, CLASSES = 10, 8, ["3", "5", "7"]
 OPTIONS = {
     "seed_everything": "{seed}",
-    "model.quality.weights": "{judge}",
+    "model.evaluation.weights": "{judge}",
     "model.sampling.steps": 2,
-    "data.generated_per_class": PER_CLASS,
-    "data.generated_classes": CLASSES,
+    "model.evaluation.per_condition": PER_CLASS,
+    "model.evaluation.conditions": CLASSES,
     "trainer.max_steps": 2,
     "trainer.enable_progress_bar": False,
     "trainer.enable_model_summary": False,

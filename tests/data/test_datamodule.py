@@ -8,6 +8,7 @@ from jsonargparse import ArgumentParser
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from salun_lightning.data import (
     ForgetClasses,
@@ -298,3 +299,31 @@ def test_a_set_is_whole_on_each_of_several_processes():
 def test_a_set_that_is_not_there_is_refused():
     with pytest.raises(ValueError, match=r"^There is no set 'train'\. Choose from forget, retain, val, test, test_forget\.$"):
         small_datamodule().set_dataloader("train")
+
+
+@pytest.mark.parametrize(
+    ("forget", "numbers"),
+    [(ForgetClasses(["dog"]), [1]), (ForgetClasses(["owl", 0]), [0, 2]), (ForgetRandom(count=12), [])],
+)
+def test_which_classes_are_forgotten_whole(forget: Any, numbers: list[int]) -> None:
+    assert small_datamodule(forget, class_names=["cat", "dog", "owl"]).forgotten_classes == numbers
+
+
+class Foreign(LightningModule):
+    """A module of another project, which predicts what it is given."""
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        return batch
+
+
+class Bringing(Foreign):
+    def predict_dataloader(self) -> Any:
+        return DataLoader(torch.arange(3))
+
+
+def test_predict_is_of_all_sets_unless_the_module_brings_loaders() -> None:
+    settings = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
+    trainer, datamodule = Trainer(accelerator="cpu", **settings), small_datamodule(ForgetClasses([1]))
+    of_sets = trainer.predict(Foreign(), datamodule=datamodule)
+    assert [sum(len(batch.targets) for batch in batches) for batches in of_sets] == [20, 40, 8, 4]
+    assert torch.cat(trainer.predict(Bringing(), datamodule=datamodule)).tolist() == [0, 1, 2]

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from salun_lightning.methods import ESD
 from salun_lightning.modules.sampling import Sampling
+from salun_lightning.networks.frozen import Frozen
 from tests.modules.small_diffusion import NULL, STEPS, Attached, attached, some_samples, unet
 
 SAMPLES = some_samples(6)
@@ -63,7 +64,7 @@ def test_a_strength_of_zero_aims_at_the_prediction_without_a_class() -> None:
     with torch.no_grad():
         same.class_embedding.weight[:] = same.class_embedding.weight[NULL].clone()
     module = model(network=same)
-    module._reference = [same]
+    module._reference = Frozen(same)
     assert ESD(strength=0.0).loss(module, {"forget": SAMPLES}) == 0
 
 

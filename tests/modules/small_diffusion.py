@@ -10,8 +10,9 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from salun_lightning.data import ForgetClasses, ForgetRetainDataModule, ImageTensors, Samples
-from salun_lightning.modules.diffusion import ClassDiffusion
+from salun_lightning.modules.class_diffusion import ClassDiffusion
 from salun_lightning.modules.sampling import Sampling
+from salun_lightning.networks.frozen import Frozen
 
 CLASSES = 3
 NULL = CLASSES
@@ -90,11 +91,11 @@ def random_images(count: int, seed: int, size: int = 4, classes: int = CLASSES) 
     return ImageTensors(pixels, torch.arange(count) % classes)
 
 
-def images(size: int = 4, count: int = 30, classes: int = CLASSES, **kwargs: Any) -> ForgetRetainDataModule:
+def images(size: int = 4, count: int = 30, classes: int = CLASSES, test: int = 12, **kwargs: Any) -> ForgetRetainDataModule:
     """A datamodule over random images of which class 0 is to be forgotten."""
     settings = {"forget": ForgetClasses([0]), "batch_size": 8, **kwargs}
     return ForgetRetainDataModule(
-        train=random_images(count, 1, size, classes), test=random_images(12, 2, size, classes), **settings
+        train=random_images(count, 1, size, classes), test=random_images(test, 2, size, classes), **settings
     )
 
 
@@ -126,5 +127,5 @@ def attached(network: nn.Module | None = None, forgotten: tuple[int, ...] = (0,)
     module = Attached(network or unet(), **{"noise_scheduler": noise_schedule(), "null_class": NULL, **kwargs})
     module.forgotten_classes = list(forgotten)
     module.setup("test")
-    module._reference = [unet(seed=8).eval().requires_grad_(False)]
+    module._reference = Frozen(unet(seed=8))
     return module

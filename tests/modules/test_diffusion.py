@@ -8,6 +8,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
+from salun_lightning.callbacks import GenerationEvaluator
 from salun_lightning.data import ForgetClasses, ForgetRandom
 from salun_lightning.methods import (
     ESD,
@@ -19,9 +20,8 @@ from salun_lightning.methods import (
     Remap,
     SelectiveAmnesia,
 )
-from salun_lightning.metrics import GenerationQuality
 from salun_lightning.modules import ImageClassifier
-from salun_lightning.modules.diffusion import ClassDiffusion
+from salun_lightning.modules.class_diffusion import ClassDiffusion
 from salun_lightning.modules.sampling import Sampling
 from salun_lightning.networks import SmallResNet
 from salun_lightning.saliency import SaliencyMask, SaliencyMasking, saliency_scores
@@ -377,9 +377,33 @@ def test_any_network_with_the_same_signature_trains_and_is_masked(tmp_path: Path
 
 
 @pytest.mark.parametrize("settings", [{"label_dropout": 0.1}, {"sampling": Sampling(guidance=2.0)}])
-def test_guidance_and_label_dropout_need_a_null_class(settings: dict[str, Any]) -> None:
+def test_guidance_and_label_dropout_need_a_null_class(tmp_path: Path, settings: dict[str, Any]) -> None:
+    module = diffusion(unet(num_class_embeds=CLASSES), null_class=None, **settings)
     with pytest.raises(ValueError, match="Guidance and label dropout need a null class, and the model has none"):
-        diffusion(null_class=None, **settings)
+        trainer(tmp_path).test(module, datamodule=images(), verbose=False)
+
+
+@pytest.mark.parametrize(
+    ("network", "null"),
+    [(unet, 3), (transformer, 3), (lambda: unet(num_class_embeds=3), None), (lambda: unet(num_class_embeds=5), None)],
+)
+def test_the_null_class_is_the_one_embedding_more_than_classes(tmp_path: Path, network: Any, null: int | None) -> None:
+    module = diffusion(network(), null_class=None)
+    trainer(tmp_path).test(module, datamodule=images(size=module.latent_shape[1]), verbose=False)
+    assert module.null == null
+
+
+def test_losses_of_samples_are_those_whose_mean_is_the_task_loss() -> None:
+    module, samples = diffusion(), some_samples(7)
+    torch.manual_seed(5)
+    losses = module.losses(samples)
+    torch.manual_seed(5)
+    noisy, timesteps, wanted = module.noised(samples)
+    each = (module.denoise(noisy, timesteps, samples.targets) - wanted).square().flatten(1).mean(1)
+    torch.testing.assert_close(losses, each)
+    torch.manual_seed(5)
+    torch.testing.assert_close(losses.mean(), module.task_loss(samples))
+    assert losses.shape == (7,)
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
@@ -412,9 +436,10 @@ def test_a_model_without_a_null_class_trains_and_samples(tmp_path: Path) -> None
         module.denoise(torch.zeros(1, 1, 4, 4), torch.tensor([1]))
 
 
-def judge(**kwargs: Any) -> GenerationQuality:
+def judge(per_condition: int = 8, **kwargs: Any) -> GenerationEvaluator:
     torch.manual_seed(0)
-    return GenerationQuality(SmallResNet(CLASSES, width=4, stages=1, in_channels=1), features="classifier", **kwargs)
+    network = SmallResNet(CLASSES, width=4, stages=1, in_channels=1)
+    return GenerationEvaluator(per_condition, classifier=network, features="classifier", **kwargs)
 
 
 def measured(module: ClassDiffusion, folder: Path, **kwargs: Any) -> dict[str, float]:
@@ -463,9 +488,9 @@ def test_validation_while_training_is_logged(tmp_path: Path) -> None:
     assert runner.callback_metrics.keys() == {"train/loss", "val/forget/loss"}
 
 
-def test_quality_is_reported_of_the_images_that_are_requested(tmp_path: Path) -> None:
-    module = diffusion(quality=judge())
-    metrics = measured(module, tmp_path, generated_per_class=8)
+def test_images_are_sampled_and_measured(tmp_path: Path) -> None:
+    module = diffusion(evaluation=judge())
+    metrics = measured(module, tmp_path)
     quality = {name: value for name, value in metrics.items() if not name.startswith("test/")}
     compared = {"FID", "KID", "precision", "recall", "num_real", "num_generated", "FID_real", "num_test"}
     assert quality.keys() == {"UA", "entropy", "acc", "acc/0", "acc/1", "acc/2"} | compared
@@ -473,7 +498,7 @@ def test_quality_is_reported_of_the_images_that_are_requested(tmp_path: Path) ->
     targets, numbers = torch.arange(3).repeat_interleave(8), torch.arange(8).repeat(3)
     drawn_images = (255 * module.sample(targets, numbers)).round() / 255
     with torch.no_grad():
-        probabilities = judge()._classifier[0].eval()(drawn_images).softmax(1)
+        probabilities = judge().classifier(drawn_images).softmax(1)
     correct = (probabilities.argmax(1) == targets).double()
     assert quality["UA"] == pytest.approx(100 - 100 * correct[:8].mean().item(), abs=1e-4)
     assert quality["acc"] == pytest.approx(100 * correct[8:].mean().item(), abs=1e-4)
@@ -483,11 +508,11 @@ def test_quality_is_reported_of_the_images_that_are_requested(tmp_path: Path) ->
 
 
 def test_a_test_repeats_whatever_the_batch_size(tmp_path: Path) -> None:
-    module = diffusion(quality=judge())
+    module = diffusion(evaluation=judge())
     before = weights(module)
-    first = measured(module, tmp_path, generated_per_class=8)
-    assert measured(module, tmp_path, generated_per_class=8) == first
-    other = measured(module, tmp_path, generated_per_class=8, batch_size=5)
+    first = measured(module, tmp_path)
+    assert measured(module, tmp_path) == first
+    other = measured(module, tmp_path, batch_size=5)
     assert other == pytest.approx(first, rel=2e-2, abs=2e-2)  # KID takes subsets in the order of the images
     assert {name: other[name] for name in ("UA", "acc", "entropy")} == pytest.approx(
         {name: first[name] for name in ("UA", "acc", "entropy")}, abs=1e-3
@@ -496,9 +521,8 @@ def test_a_test_repeats_whatever_the_batch_size(tmp_path: Path) -> None:
 
 
 def test_predict_draws_what_is_requested(tmp_path: Path) -> None:
-    module = diffusion()
-    data = images(generated_per_class=3, generated_classes=[0, 2], batch_size=4)
-    (batches,) = [trainer(tmp_path).predict(module, datamodule=data)]
+    module = diffusion(evaluation=GenerationEvaluator(3, [0, 2]))
+    (batches,) = [trainer(tmp_path).predict(module, datamodule=images(batch_size=4))]
     assert [output["set"] for output in batches] == ["generated"] * 2
     joined = {name: torch.cat([output[name] for output in batches]) for name in ("image", "target", "index")}
     assert joined["target"].tolist() == [0, 0, 0, 2, 2, 2]
@@ -509,7 +533,7 @@ def test_predict_draws_what_is_requested(tmp_path: Path) -> None:
 
 
 def test_predict_without_a_request_for_images(tmp_path: Path) -> None:
-    with pytest.raises(MisconfigurationException, match="set the datamodule's generated_per_class"):
+    with pytest.raises(MisconfigurationException, match="images that are asked for: give its evaluation"):
         trainer(tmp_path).predict(diffusion(), datamodule=images())
 
 
@@ -517,9 +541,9 @@ def own_features() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(16, 6))
 
 
-@pytest.mark.parametrize("quality", [judge, lambda: GenerationQuality(features=own_features())])
-def test_what_judges_is_neither_trained_nor_masked_nor_saved(tmp_path: Path, quality: Any) -> None:
-    module, callback = diffusion(quality=quality(), method=Remap()), SaliencyMasking(RATIO)
+@pytest.mark.parametrize("evaluation", [judge, lambda: GenerationEvaluator(1, features=own_features())])
+def test_what_judges_is_neither_trained_nor_masked_nor_saved(tmp_path: Path, evaluation: Any) -> None:
+    module, callback = diffusion(evaluation=evaluation(), method=Remap()), SaliencyMasking(RATIO)
     runner = trainer(tmp_path, max_epochs=1, callbacks=[callback])
     runner.fit(module, datamodule=images())
     runner.save_checkpoint(tmp_path / "last.ckpt")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,17 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+from salun_lightning import files
+from salun_lightning.callbacks import SavePipeline
 from salun_lightning.methods import Remap
-from salun_lightning.modules.diffusion import ClassDiffusion
+from salun_lightning.modules.class_diffusion import ClassDiffusion
 from salun_lightning.modules.sampling import Sampling
-from salun_lightning.networks import pipeline
 from salun_lightning.networks.loading import read_checkpoint
+from salun_lightning.saliency import SaliencyMasking
 from tests.modules.small_diffusion import NULL, Plain, diffusion, images, noise_schedule, transformer, unet
 from tests.modules.small_runs import same, trainer, weights
 
@@ -24,7 +29,7 @@ TARGETS, NUMBERS = torch.tensor([0, 1, 2, 1]), torch.tensor([0, 0, 5, 1])
 
 def started(module: ClassDiffusion, folder: Path) -> ClassDiffusion:
     """With its original model loaded, as a test does it."""
-    trainer(folder).predict(module, datamodule=images(size=module.image_shape[1], generated_per_class=1))
+    trainer(folder).test(module, datamodule=images(size=module.latent_shape[1]), verbose=False)
     return module
 
 
@@ -85,6 +90,8 @@ def test_a_directory_with_a_network_called_transformer(tmp_path: Path) -> None:
     first = diffusion(transformer(seed=5))
     first.save_pretrained(tmp_path / "model")
     (tmp_path / "model" / "unet").rename(tmp_path / "model" / "transformer")
+    index = tmp_path / "model" / "model_index.json"
+    index.write_text(index.read_text().replace('"unet"', '"transformer"'))
     second = started(diffusion(transformer(seed=6), original=tmp_path / "model"), tmp_path)
     assert same(weights(second), weights(first))
 
@@ -92,7 +99,8 @@ def test_a_directory_with_a_network_called_transformer(tmp_path: Path) -> None:
 def test_precision_is_kept_and_cast(tmp_path: Path) -> None:
     first = diffusion().to(torch.bfloat16)
     first.save_pretrained(tmp_path / "model")
-    assert {tensor.dtype for tensor in read_checkpoint(tmp_path / "model")["state_dict"].values()} == {torch.bfloat16}
+    written = load_file(tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert {tensor.dtype for tensor in written.values()} == {torch.bfloat16}
     second = started(diffusion(unet(seed=1), original=tmp_path / "model"), tmp_path)
     assert same(weights(second), {name: tensor.float() for name, tensor in weights(first).items()})
 
@@ -139,14 +147,39 @@ def test_a_folder_that_is_no_pipeline(tmp_path: Path) -> None:
 def test_a_pipeline_without_a_network(tmp_path: Path) -> None:
     diffusion().save_pretrained(tmp_path / "model")
     shutil.rmtree(tmp_path / "model" / "unet")
-    with pytest.raises(ValueError, match=r"^The pipeline '.*model' holds no network under unet or transformer\.$"):
+    with pytest.raises(ValueError, match=r"^'.*model' cannot be read as a pipeline; .* no file named config\.json"):
         read_checkpoint(tmp_path / "model")
+    index = tmp_path / "model" / "model_index.json"
+    index.write_text(index.read_text().replace('"unet"', '"prior"'))
+    with pytest.raises(ValueError, match=r"It holds no network of diffusers under unet or transformer\."):
+        read_checkpoint(tmp_path / "model")
+
+
+def test_a_network_that_is_none(tmp_path: Path) -> None:
+    diffusion().save_pretrained(tmp_path / "model")
+    index = tmp_path / "model" / "model_index.json"
+    index.write_text(index.read_text().replace("UNet2DModel", "DDIMScheduler"))
+    with pytest.raises(ValueError, match=r"Its unet is a DDIMScheduler, which is no network\."):
+        read_checkpoint(tmp_path / "model")
+
+
+class Planted:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
 
 
 def test_a_pipeline_of_pickled_weights(tmp_path: Path) -> None:
     DDPMPipeline(unet=unet(), scheduler=DDPMScheduler()).save_pretrained(tmp_path / "model", safe_serialization=False)
-    with pytest.raises(ValueError, match=r"holds no diffusion_pytorch_model\.safetensors\. Save the pipeline with safe_serial"):
+    (weights_file,) = (tmp_path / "model" / "unet").glob("*.bin")
+    weights_file.write_bytes(pickle.dumps(Planted(tmp_path / "executed")))
+    with pytest.raises(ValueError, match=r"no file named diffusion_pytorch_model\.safetensors .* safe_serialization=True"):
         read_checkpoint(tmp_path / "model")
+    assert not (tmp_path / "executed").exists()
 
 
 def truncate(path: Path) -> None:
@@ -173,7 +206,7 @@ def test_weights_of_another_shape_than_the_configuration_says(tmp_path: Path) ->
     name = "diffusion_pytorch_model.safetensors"
     shutil.copy(tmp_path / "other" / "unet" / name, tmp_path / "model" / "unet" / name)
     with pytest.raises(
-        ValueError, match=r"'class_embedding.weight' is \(6, 16\) in the checkpoint and \(4, 16\) in the network"
+        ValueError, match=r"cannot be read as a pipeline; .* class_embedding.weight expected shape .*4, 16.*, but got .*6, 16"
     ):
         started(diffusion(original=tmp_path / "model"), tmp_path)
 
@@ -228,7 +261,7 @@ def test_a_failed_exchange_leaves_a_whole_directory(tmp_path: Path, monkeypatch:
     def refused(*_: Any, **__: Any) -> None:
         raise OSError("not permitted")
 
-    monkeypatch.setattr(pipeline.os, "replace", refused)
+    monkeypatch.setattr(files.os, "replace", refused)
     with pytest.raises(OSError, match="not permitted"):
         diffusion(unet(seed=2)).save_pretrained(tmp_path / "model")
     assert read_checkpoint(tmp_path / "model")["state_dict"]
@@ -282,24 +315,78 @@ def test_a_checkpoint_of_another_project_that_holds_a_config_of_its_own(tmp_path
     assert same(weights(module.network), weights(unet(seed=5)))
 
 
-def test_a_pipeline_in_several_files_is_refused_as_such(tmp_path: Path) -> None:
-    saved = DDPMPipeline(unet=unet(), scheduler=noise_schedule())
+def test_a_pipeline_in_several_files(tmp_path: Path) -> None:
+    saved = DDPMPipeline(unet=unet(seed=5), scheduler=noise_schedule())
     saved.save_pretrained(tmp_path / "model", max_shard_size="20KB")
     assert len(list((tmp_path / "model" / "unet").glob("*.safetensors"))) > 1
-    with pytest.raises(ValueError, match=r"^'.*model.unet' holds its weights in several files"):
-        read_checkpoint(tmp_path / "model")
+    assert same(read_checkpoint(tmp_path / "model")["state_dict"], weights(unet(seed=5)))
 
 
-def test_fit_ends_well_with_a_network_that_is_not_of_diffusers(tmp_path: Path) -> None:
-    """Its checkpoint is all there is to save."""
-    from salun_lightning.lightning_cli import UnlearningCLI
+def test_a_weight_that_is_missing_is_not_made_up(tmp_path: Path) -> None:
+    """diffusers would draw it at random, with a warning."""
+    diffusion().save_pretrained(tmp_path / "model")
+    path = tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors"
+    written = load_file(path)
+    del written["class_embedding.weight"]
+    save_file(written, path)
+    with pytest.raises(ValueError, match=r"class_embedding\.weight missing from the checkpoint"):
+        started(diffusion(original=tmp_path / "model"), tmp_path)
 
-    class Stopped(UnlearningCLI):
-        def __init__(self, module: Any) -> None:
-            self.model, self.trainer = module, trainer(tmp_path)
 
-    module = diffusion(Plain())
-    Stopped(module).after_fit()
-    assert not (tmp_path / "pipeline").exists()
-    Stopped(diffusion()).after_fit()
-    assert (tmp_path / "pipeline" / "model_index.json").is_file()
+def test_reading_a_pipeline_draws_no_random_numbers(tmp_path: Path) -> None:
+    diffusion().save_pretrained(tmp_path / "model")
+    before = torch.get_rng_state()
+    read_checkpoint(tmp_path / "model")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument")  # of diffusers
+def test_a_pipeline_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From what was downloaded before, so that nothing is asked for over the network."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    place, commit = tmp_path / "models--someone--tiny", "0123456789abcdef0123456789abcdef01234567"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "main").write_text(commit)
+    diffusion(unet(seed=5)).save_pretrained(place / "snapshots" / commit)
+    module = started(diffusion(unet(seed=6), original="hf://someone/tiny"), tmp_path)
+    assert same(weights(module), weights(diffusion(unet(seed=5))))
+    with pytest.raises(ValueError, match=r"^'someone/else' cannot be read as a pipeline"):
+        read_checkpoint("hf://someone/else")
+
+
+def test_what_is_no_file_is_not_looked_for_on_the_hub() -> None:
+    with pytest.raises(FileNotFoundError, match="There is no model at 'someone/tiny'"):
+        read_checkpoint("someone/tiny")
+
+
+@pytest.mark.parametrize(("network", "written"), [(Plain, False), (unet, True)])
+def test_fit_saves_what_diffusers_can_load(tmp_path: Path, network: Any, written: bool) -> None:
+    """Of a network that is not of diffusers, its checkpoint is all there is to save."""
+    module = diffusion(network())
+    trainer(tmp_path, max_steps=1, callbacks=[SavePipeline()]).fit(module, datamodule=images())
+    assert (tmp_path / "pipeline").exists() == written
+    if written:
+        assert same(read_checkpoint(tmp_path / "pipeline")["state_dict"], weights(module.network))
+
+
+def test_what_is_saved_is_the_average_also_when_a_finished_run_is_resumed(tmp_path: Path) -> None:
+    runner = trainer(tmp_path, max_epochs=1, callbacks=[EMAWeightAveraging(decay=0.5), SavePipeline()])
+    module = diffusion()
+    runner.fit(module, datamodule=images())
+    runner.save_checkpoint(tmp_path / "last.ckpt")
+    averaged = weights(module.network)
+    assert same(read_checkpoint(tmp_path / "pipeline")["state_dict"], averaged)
+    shutil.rmtree(tmp_path / "pipeline")
+    again = trainer(tmp_path, max_epochs=1, callbacks=[EMAWeightAveraging(decay=0.5), SavePipeline()])
+    again.fit(diffusion(unet(seed=3)), datamodule=images(), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+    assert same(read_checkpoint(tmp_path / "pipeline")["state_dict"], averaged)
+
+
+def test_what_a_mask_holds_still_is_saved_as_it_was(tmp_path: Path) -> None:
+    module = diffusion(method=Remap())
+    before = weights(module.network)
+    trainer(tmp_path, max_epochs=1, callbacks=[SaliencyMasking(0.0), SavePipeline()]).fit(module, datamodule=images())
+    assert same(read_checkpoint(tmp_path / "pipeline")["state_dict"], before)

@@ -16,9 +16,11 @@ from diffusers import (
 )
 from torch import Tensor
 
+from salun_lightning.callbacks import GenerationEvaluator
 from salun_lightning.modules import diffusion as diffusion_module
 from salun_lightning.modules import sampling
 from salun_lightning.modules.sampling import Sampling, sampler, training_process
+from salun_lightning.networks.frozen import Frozen
 from tests.modules.small_diffusion import NULL, STEPS, diffusion, images, noise_schedule, unet
 from tests.modules.small_runs import trainer
 
@@ -215,7 +217,7 @@ def test_sampling_leaves_gradients_and_random_numbers_alone() -> None:
 def test_partly_sampled_is_on_the_way_of_the_original_model() -> None:
     module = model()
     original = unet(seed=4).eval()
-    module._reference = [original]
+    module._reference = Frozen(original)
     scheduler = DDIMScheduler(num_train_timesteps=STEPS)
     scheduler.set_timesteps(6)
     stops = set()
@@ -250,13 +252,14 @@ def test_precision_does_not_change_the_noise_that_images_start_from(
 ) -> None:
     """A trainer makes its precision the default for new tensors."""
     module, started_from = model(), []
+    module.evaluation = GenerationEvaluator(2, [1])
 
     def run(scheduler: Any, predict: Any, noise: Tensor, own: Any) -> Tensor:
         started_from.append(noise)
         return sampling.run(scheduler, predict, noise, own)
 
     monkeypatch.setattr(diffusion_module, "run", run)
-    trainer(tmp_path, precision=precision).predict(module, datamodule=images(generated_per_class=2, generated_classes=[1]))
+    trainer(tmp_path, precision=precision).predict(module, datamodule=images())
     own = [torch.Generator().manual_seed(1_000_003 + number) for number in range(2)]
     assert len(started_from) == 1
     assert torch.equal(started_from[0], torch.stack([torch.randn(1, 4, 4, generator=generator) for generator in own]))

@@ -10,9 +10,9 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torch import Tensor
 
+from salun_lightning.callbacks import GenerationEvaluator
 from salun_lightning.methods import ESD, FineTune, Method, Remap, SelectiveAmnesia
-from salun_lightning.metrics import GenerationQuality
-from salun_lightning.modules.diffusion import ClassDiffusion
+from salun_lightning.modules.class_diffusion import ClassDiffusion
 from salun_lightning.modules.sampling import Sampling
 from salun_lightning.networks import SmallResNet
 from salun_lightning.saliency import SaliencyMask, SaliencyMasking
@@ -81,14 +81,14 @@ def test_nothing_and_everything_may_move(ratio: float) -> None:
     assert callback.mask.num_kept == ratio * total
 
 
-def judge() -> GenerationQuality:
+def judge() -> GenerationEvaluator:
     torch.manual_seed(0)
-    return GenerationQuality(SmallResNet(CLASSES, width=4, stages=1), features="classifier")
+    return GenerationEvaluator(6, classifier=SmallResNet(CLASSES, width=4, stages=1), features="classifier")
 
 
 @pytest.mark.parametrize("average", [False, True])
 def test_nothing_but_the_network_is_masked_trained_and_saved(tmp_path: Path, average: bool) -> None:
-    module, callback = model(quality=judge()), SaliencyMasking(RATIO)
+    module, callback = model(evaluation=judge()), SaliencyMasking(RATIO)
     trainer = unlearn(module, callback, *([EMAWeightAveraging(decay=0.5)] if average else []))
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     network = dict(module.network.named_parameters())
@@ -173,8 +173,8 @@ def trained(name: str, **kwargs: Any) -> dict[str, Any]:
 
 
 def measured(**kwargs: Any) -> dict[str, float]:
-    module = model(quality=judge())
-    results = quiet_trainer(**kwargs).test(module, datamodule=images(generated_per_class=6), verbose=False)
+    module = model(evaluation=judge())
+    results = quiet_trainer(**kwargs).test(module, datamodule=images(), verbose=False)
     return {name: value for result in results for name, value in result.items()}
 
 

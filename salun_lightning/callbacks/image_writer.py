@@ -1,6 +1,5 @@
 """What ``predict`` writes of a model that generates images."""
 
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -13,14 +12,17 @@ from PIL import Image
 from torchvision.transforms.functional import to_pil_image
 from typing_extensions import override
 
+from salun_lightning.files import replace_folder, set_aside
+
 _FIELDS = {"image", "target", "index"}
 
 
 class ImageWriter(Callback):
     """Writes generated images into the folder ``images`` of the run folder, and a grid of each class.
 
-    ``images/3-cat/00007.png`` is image 7 of class 3, ``images/3-cat.png`` the grid. What was there is replaced when all are
-    written. What a module of another kind predicts is left alone.
+    ``images/3-cat/00007.png`` is image 7 of class 3, ``images/3-cat.png`` the grid. Images of an earlier run are replaced when
+    all are written; a folder ``images`` that holds anything else is set aside. What a module of another kind predicts is left
+    alone.
     """
 
     def __init__(self) -> None:
@@ -54,9 +56,16 @@ class ImageWriter(Callback):
             return
         for folder in sorted(unfinished.iterdir()):
             _grid(sorted(folder.iterdir())).save(folder.with_name(f"{folder.name}.png"))
-        shutil.rmtree(finished, ignore_errors=True)
-        os.replace(unfinished, finished)
+        if finished.exists() and not _written_here(finished):
+            set_aside(finished, "not all that it holds are images that were generated")
+        replace_folder(unfinished, finished)
         rank_zero_info(f"Images: {finished}")
+
+
+def _written_here(folder: Path) -> bool:
+    """Whether a folder holds nothing but what an ``ImageWriter`` wrote."""
+    places = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()]
+    return all(re.fullmatch(r"\d+-[^/]*(/\d{5,})?\.png", place) for place in places)
 
 
 def _grid(paths: list[Path]) -> Image.Image:

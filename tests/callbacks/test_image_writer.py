@@ -18,8 +18,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from salun_lightning.data import ForgetRandom, ForgetRetainDataModule, Requested
-from salun_lightning.modules import ImageWriter, ProbabilityWriter
+from salun_lightning.callbacks import GenerationEvaluator, ImageWriter
+from salun_lightning.callbacks.requests import Requested
+from salun_lightning.data import ForgetRandom, ForgetRetainDataModule
+from salun_lightning.modules import ProbabilityWriter
 from tests.modules.small_runs import classifier, digits, trainer
 from tests.small import free_port, numbered_images
 
@@ -40,6 +42,10 @@ class Painter(LightningModule):
         super().__init__()
         self.channels = channels
         self.fail_at = fail_at
+        self.asked = GenerationEvaluator(per_condition=1)
+
+    def predict_dataloader(self) -> Any:
+        return self.asked.loader(self.trainer)
 
     def predict_step(self, batch: Requested, batch_idx: int) -> dict[str, Any]:
         if batch_idx == self.fail_at:
@@ -49,22 +55,24 @@ class Painter(LightningModule):
         return {"set": "generated", "image": images, "target": batch.targets, "index": batch.indices}
 
 
-def asking(per_class: int, names: list[str] | None = None, **kwargs: Any) -> ForgetRetainDataModule:
-    classes = len(names or NAMES)
+def data(names: list[str] = NAMES) -> ForgetRetainDataModule:
+    classes = len(names)
     return ForgetRetainDataModule(
-        ForgetRandom(count=2),
-        numbered_images(12, classes),
-        numbered_images(12, classes),
-        class_names=names or NAMES,
-        batch_size=5,
-        generated_per_class=per_class,
-        **kwargs,
+        ForgetRandom(count=2), numbered_images(12, classes), numbered_images(12, classes), class_names=names, batch_size=5
     )
 
 
-def paint(folder: Path, per_class: int, module: LightningModule | None = None, **kwargs: Any) -> None:
-    runner = trainer(folder, callbacks=[ImageWriter()])
-    runner.predict(module or Painter(), datamodule=asking(per_class, **kwargs), return_predictions=False)
+def asking(per_class: int, module: Painter | None = None, classes: Any = None) -> Painter:
+    module = module or Painter()
+    module.asked = GenerationEvaluator(per_class, classes)
+    return module
+
+
+def paint(
+    folder: Path, per_class: int, module: Painter | None = None, names: list[str] = NAMES, classes: Any = None, **kwargs: Any
+) -> None:
+    runner = trainer(folder, **{"callbacks": [ImageWriter()], **kwargs})
+    runner.predict(asking(per_class, module, classes), datamodule=data(names), return_predictions=False)
 
 
 def written(folder: Path) -> dict[str, bytes]:
@@ -93,7 +101,7 @@ def test_every_image_is_written_as_it_is(tmp_path: Path, channels: int, mode: st
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])
 @pytest.mark.parametrize(("number", "columns", "rows"), [(1, 1, 1), (7, 7, 1), (10, 10, 1), (23, 10, 3)])
 def test_the_grid_holds_all_in_order(tmp_path: Path, channels: int, mode: str, number: int, columns: int, rows: int) -> None:
-    paint(tmp_path, number, Painter(channels), names=["cat", "dog"], generated_classes=["dog"])
+    paint(tmp_path, number, Painter(channels), names=["cat", "dog"], classes=["dog"])
     assert {path.name for path in (tmp_path / "images").iterdir()} == {"1-dog", "1-dog.png"}
     with Image.open(tmp_path / "images" / "1-dog.png") as opened:
         assert (opened.mode, opened.size) == (mode, (7 * columns - 1, 6 * rows - 1))
@@ -108,10 +116,24 @@ def test_a_later_run_replaces_all_of_an_earlier_one(tmp_path: Path) -> None:
     paint(tmp_path, 4)
     (tmp_path / "images" / "9-gone").mkdir()
     (tmp_path / "images" / "9-gone" / "00000.png").write_bytes(b"left over")
-    paint(tmp_path, 2, generated_classes=["cat"])
-    paint(tmp_path / "fresh", 2, generated_classes=["cat"])
+    paint(tmp_path, 2, classes=["cat"])
+    paint(tmp_path / "fresh", 2, classes=["cat"])
     assert written(tmp_path / "images") == written(tmp_path / "fresh" / "images")
     assert sorted(written(tmp_path / "images")) == ["0-cat.png", "0-cat/00000.png", "0-cat/00001.png"]
+
+
+@pytest.mark.parametrize("place", ["holiday.jpg", "0-cat/portrait.png", "mine/00000.png"])
+def test_a_folder_of_the_user_is_set_aside(tmp_path: Path, place: str) -> None:
+    """It may be called images by chance: the run folder is the working directory, unless another is given."""
+    paint(tmp_path, 1)
+    (tmp_path / "images" / place).parent.mkdir(exist_ok=True)
+    (tmp_path / "images" / place).write_bytes(b"irreplaceable")
+    before = written(tmp_path / "images")
+    with pytest.warns(UserWarning, match=r"images' was set aside as 'images\.aside-\d+', because not all that it holds are"):
+        paint(tmp_path, 1, classes=["cat"])
+    (aside,) = tmp_path.glob("images.aside-*")
+    assert written(aside) == before
+    assert sorted(written(tmp_path / "images")) == ["0-cat.png", "0-cat/00000.png"]
 
 
 def test_an_interrupted_run_leaves_the_images_alone(tmp_path: Path) -> None:
@@ -120,7 +142,7 @@ def test_an_interrupted_run_leaves_the_images_alone(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="the power failed"):
         paint(tmp_path, 3, Painter(3, fail_at=1))
     assert written(tmp_path / "images") == before
-    paint(tmp_path, 2, generated_classes=["cat"])  # nor does what it had written come back
+    paint(tmp_path, 2, classes=["cat"])  # nor does what it had written come back
     assert sorted(written(tmp_path)) == ["images/0-cat.png", "images/0-cat/00000.png", "images/0-cat/00001.png"]
 
 
@@ -165,7 +187,7 @@ def test_it_goes_beside_the_writer_of_probabilities(tmp_path: Path) -> None:
     callbacks = [ProbabilityWriter(), ImageWriter()]
     trainer(tmp_path / "a", callbacks=callbacks).predict(classifier(), datamodule=digits(), return_predictions=False)
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["predictions.csv"]
-    trainer(tmp_path / "b", callbacks=callbacks).predict(Painter(), datamodule=asking(1), return_predictions=False)
+    trainer(tmp_path / "b", callbacks=callbacks).predict(Painter(), datamodule=data(), return_predictions=False)
     assert [path.name for path in (tmp_path / "b").iterdir()] == ["images"]
 
 
@@ -189,7 +211,7 @@ def few_open_files() -> Iterator[int]:
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="it cannot be told how many files are open")
 def test_more_images_of_a_class_than_files_may_be_open(tmp_path: Path, few_open_files: int) -> None:
     """The limit usually is 1,024, which is no large number of images."""
-    paint(tmp_path, few_open_files + 10, names=["cat", "dog"], generated_classes=["cat"])
+    paint(tmp_path, few_open_files + 10, names=["cat", "dog"], classes=["cat"])
     assert len(list((tmp_path / "images" / "0-cat").iterdir())) == few_open_files + 10
     assert (tmp_path / "images" / "0-cat.png").is_file()
 
@@ -206,8 +228,7 @@ class Noting(ImageWriter):
 
 def one_of_two(folder: Path, rank: str) -> None:
     os.environ["LOCAL_RANK"] = rank
-    runner = trainer(folder, devices=2, strategy="ddp", callbacks=[Noting()])
-    runner.predict(Painter(), datamodule=asking(7), return_predictions=False)
+    paint(folder, 7, devices=2, strategy="ddp", callbacks=[Noting()])
     torch.distributed.destroy_process_group()
 
 
@@ -225,7 +246,7 @@ def start_processes(folder: Path) -> None:
 def test_two_processes_write_what_one_does(tmp_path: Path) -> None:
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "NODE_RANK": "0", "OMP_NUM_THREADS": "1"}
     paint(tmp_path / "two", 9)  # what was there
-    command = [sys.executable, "-m", "tests.modules.test_image_writer", str(tmp_path / "two")]
+    command = [sys.executable, "-m", "tests.callbacks.test_image_writer", str(tmp_path / "two")]
     subprocess.run(command, env={**os.environ, **meeting, "LOCAL_RANK": "0"}, timeout=120, check=True)
     paint(tmp_path / "one", 7)
     assert written(tmp_path / "two" / "images") == written(tmp_path / "one" / "images")

@@ -1,0 +1,7 @@
+"""What goes beside a training or a test: writers, and the evaluator of generated images."""
+
+from salun_lightning.callbacks.generation import GenerationEvaluator
+from salun_lightning.callbacks.image_writer import ImageWriter
+from salun_lightning.callbacks.save_pipeline import SavePipeline
+
+__all__ = ["GenerationEvaluator", "ImageWriter", "SavePipeline"]

@@ -1,0 +1,190 @@
+"""Samples images while a generative model is tested, and measures them."""
+
+import os
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm  # type: ignore[import-untyped]
+from typing_extensions import override
+
+from salun_lightning.callbacks.requests import ImageRequests, Requested
+from salun_lightning.data import ForgetClasses
+from salun_lightning.data.order import FixedOrder
+from salun_lightning.metrics import Distribution, Recognition
+from salun_lightning.metrics.distribution import Kind
+from salun_lightning.networks.features import Inception, last_linear, logits_and_features
+from salun_lightning.networks.frozen import Frozen
+from salun_lightning.networks.loading import load_weights, read_checkpoint
+
+_COMPARED: dict[str, Kind] = {"retain": "real", "test": "held_out"}
+_EXAMPLES = 8  # of each condition
+
+
+class GenerationEvaluator(Callback):
+    """Samples images at the end of a test, and measures them with a classifier and with features.
+
+    ``test`` logs what ``Recognition`` measures of them, and ``Distribution`` of those of retained classes, against the training
+    images of these. A module is asked for the images by ``predict_step`` with a batch of :class:`Requested`. ``predict`` of a
+    diffusion model asks for the same images.
+
+    Args:
+        per_condition: How many images of each condition are sampled.
+        conditions: Of which, by name or number; by default of all.
+        classifier: Maps images (B, C, H, W) in [0, 1] to logits (B, classes); None leaves out what it measures.
+        weights: Its checkpoint; None takes it as it is.
+        features: Maps images (B, C, H, W) in [0, 1] to features (B, D); ``classifier`` takes what the last linear layer of the
+            classifier sees. By default Inception with 2,048 features, as in the FID of torchmetrics, which needs
+            ``pip install torch-fidelity`` and downloads weights.
+        neighbours: For precision and recall, see ``manifold_precision_recall``.
+
+    Raises:
+        ValueError: A number is not positive, or the features are to be the classifier's, and there is none, or it has no linear
+            layer.
+    """
+
+    examples: dict[int, dict[int, Tensor]]
+    """After a test, the first images of each condition: uint8 (C, H, W), by condition and number. Of this process."""
+
+    predicted: dict[str, Tensor] | None
+    """After a test, what the classifier says of every image: ``logits`` (N, classes), ``targets`` (N,), the conditions that
+    were asked for, and ``indices`` (N,), condition x ``per_condition`` + number of the image. None without a classifier."""
+
+    def __init__(
+        self,
+        per_condition: int = 100,
+        conditions: list[int | str] | int | str | None = None,
+        classifier: nn.Module | None = None,
+        weights: str | os.PathLike[str] | None = None,
+        features: Literal["classifier"] | nn.Module | None = None,
+        neighbours: int = 3,
+    ) -> None:
+        super().__init__()
+        if per_condition < 1:
+            raise ValueError(f"per_condition must be positive, got {per_condition}.")
+        if features == "classifier" and (classifier is None or last_linear(classifier) is None):
+            raise ValueError("features: classifier needs a classifier with a linear layer.")
+        self.per_condition = per_condition
+        self.conditions = conditions
+        self.weights = weights
+        self.classifier = None if classifier is None else Frozen(classifier)
+        self.features = Frozen(features) if isinstance(features, nn.Module) else None
+        self.inception = features is None
+        self.distribution = Distribution(neighbours)
+        self.recognition = Recognition()
+        self.examples, self.predicted = {}, None
+        self._loaded = False
+
+    @property
+    def description(self) -> str:
+        """What the features are."""
+        if self.inception:
+            return "Inception (2,048 features)"
+        if self.features is not None:
+            return type(self.features.network).__name__
+        assert self.classifier is not None
+        return f"{type(self.classifier.network).__name__} before its last layer"
+
+    def requests(self, names: Sequence[str]) -> ImageRequests:
+        """All images that are asked for.
+
+        Args:
+            names: The names of all conditions.
+
+        Raises:
+            ValueError: A condition is not among them.
+        """
+        asked = range(len(names)) if self.conditions is None else ForgetClasses(self.conditions).classes(names)
+        return ImageRequests(asked, self.per_condition)
+
+    def loader(self, trainer: Trainer) -> DataLoader[Requested]:
+        """The share of this process in what is asked for, in batches as large as those of the data."""
+        requests = self.requests(_names(trainer))
+        size: int = trainer.datamodule.batch_size  # type: ignore[attr-defined]
+        sampler = FixedOrder(torch.arange(len(requests)), size, trainer.world_size, trainer.global_rank)
+        return DataLoader(requests, sampler=sampler, batch_size=None)
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.requests(_names(trainer))  # refused before hours of training
+
+    @override
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget what was measured, and load what measures.
+
+        Raises:
+            FileNotFoundError: There are no such weights.
+            ModuleNotFoundError: Inception is asked for, and torch-fidelity is not installed.
+        """
+        device = pl_module.device
+        if self.classifier is not None and self.weights is not None and not self._loaded:
+            load_weights(self.classifier.network, read_checkpoint(self.weights))
+        if self.inception and self.features is None:
+            self.features = Frozen(Inception())
+        self._loaded = True
+        for network in (self.classifier, self.features):
+            if network is not None:
+                network.to(device)
+        self.recognition = Recognition(_names(trainer)).to(device)
+        self.distribution.reset()
+        self.distribution.to(device)
+        self.examples, self.predicted = {}, None
+
+    @override
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        kind = _COMPARED.get(outputs["set"])
+        if kind is not None:
+            retained = _retained(trainer, batch.targets)
+            _, features = self._look(batch.inputs[retained])
+            self.distribution.update(features, batch.targets[retained], kind)
+
+    @override
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        loader, limit = self.loader(trainer), trainer.limit_test_batches
+        number = limit if isinstance(limit, int) else int(limit * len(loader))
+        shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
+        for step, requested in zip(range(number), tqdm(loader, "Sampling", disable=not shown), strict=False):
+            asked = trainer.strategy.batch_to_device(requested)
+            self._take(trainer, trainer.strategy.predict_step(asked, step))  # which keeps precision and sharding
+        results = self.distribution.compute()
+        if self.classifier is not None:
+            results |= self.recognition.compute()
+            self.predicted = self.recognition.predictions()
+        pl_module.log_dict(results, sync_dist=True)
+
+    def _take(self, trainer: Trainer, generated: dict[str, Any]) -> None:
+        images, targets, numbers = (generated[name] for name in ("image", "target", "index"))
+        for image, target, index in zip(images, targets.tolist(), numbers.tolist(), strict=True):
+            if index < _EXAMPLES:
+                self.examples.setdefault(target, {})[index] = image.cpu()
+        logits, features = self._look(images.float() / 255)  # what a file of it would hold
+        retained = _retained(trainer, targets)
+        if logits is not None:
+            self.recognition.update(logits, targets, retained, targets * self.per_condition + numbers)
+        self.distribution.update(features[retained], targets[retained], "generated")
+
+    @torch.no_grad()
+    def _look(self, images: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Logits and features of images in [0, 1], in float32 whatever the precision of the model that made them."""
+        with torch.autocast(images.device.type, enabled=False):
+            images = images.float()
+            if self.features is None:
+                assert self.classifier is not None
+                return logits_and_features(self.classifier.network, images)
+            logits = None if self.classifier is None else self.classifier(images)
+            return logits, self.features(images).flatten(1).float()
+
+
+def _names(trainer: Trainer) -> list[str]:
+    names: list[str] = trainer.datamodule.class_names  # type: ignore[attr-defined]
+    return names
+
+
+def _retained(trainer: Trainer, targets: Tensor) -> Tensor:
+    forgotten = getattr(trainer.datamodule, "forgotten_classes", [])  # type: ignore[attr-defined]
+    return ~torch.isin(targets, torch.tensor(forgotten, dtype=torch.int64, device=targets.device))
