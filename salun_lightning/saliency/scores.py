@@ -42,11 +42,11 @@ def saliency_scores(
     - ``random``: uniform numbers, the control.
 
     The forget loss is ``loss``, or else ``module.forget_loss`` where the module has one, or else what ``module.training_step``
-    returns. Of batches that are dictionaries with the parts ``forget`` and ``retain`` only the former counts: a loss is handed
-    that part, ``training_step`` a dictionary of that part alone. A loss is taken as a mean over its batch and counts as many
-    times as the batch has samples, so the batch size does not matter. The network runs in eval mode and without autocast.
-    Gradients, logged values, metrics, random state, train/eval mode and buffers are left as they were found, and so are the
-    weights, of which a copy is kept while ``training_step`` runs: it may move those of a momentum or target network.
+    returns. If a batch is a dictionary with the parts ``forget`` and ``retain``, only the part ``forget`` counts: a loss gets
+    that part, and ``training_step`` gets a dictionary of that part alone. A loss is taken as a mean over its batch, and it
+    counts once for each sample, so the batch size does not matter. The network runs in eval mode and without autocast.
+    Gradients, logged values, metrics, random state, train/eval mode, buffers and weights are left as they were found. (While
+    ``training_step`` runs, a copy of the weights is kept, because it may move those of a momentum or target network.)
 
     One pass serves any number of ratios: hand the result to :meth:`SaliencyMask.from_scores` once for each.
 
