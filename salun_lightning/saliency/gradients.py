@@ -35,11 +35,10 @@ def gradient_sums(
     different size could not be compared.)
 
     The loss is ``loss``, or else ``module.forget_loss`` where the module has one, or else what ``module.training_step``
-    returns. It is taken as a mean over its batch and counts as many times as the batch has samples, so the batch size does not
-    matter. Of a batch that is a dictionary with the part ``forget``, a loss is handed that part. The network runs in eval mode
-    and without autocast. Gradients, logged values, metrics, random state, train/eval mode and buffers are left as they were
-    found, and so are the weights, of which a copy is kept while ``training_step`` runs: it may move those of a momentum or
-    target network.
+    returns. It is taken as a mean over its batch, and it counts once for each sample, so the batch size does not matter. If a
+    batch is a dictionary with the part ``forget``, a loss gets that part. The network runs in eval mode and without autocast.
+    Gradients, logged values, metrics, random state, train/eval mode, buffers and weights are left as they were found. (While
+    ``training_step`` runs, a copy of the weights is kept, because it may move those of a momentum or target network.)
 
     Args:
         module: The module whose trainable weights the gradients are of.

@@ -1,4 +1,4 @@
-"""What is held still: where it may move, and the bits it came with."""
+"""Holding weights still: the bits that they came with, and where they may move."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -103,7 +103,7 @@ class HeldModule:
         self.buffers = {name: buffer.detach().clone() for name, buffer in module.named_buffers()} if hold_buffers else {}
         self.copies: list[tuple[nn.Module, Mapping[nn.Parameter, Held]]] = []
         self.drift = 0.0
-        """The largest change outside the mask that was found, of those that no step of an optimizer made."""
+        """The largest change outside the mask that was found between two optimizer steps."""
         # of all optimizers, also those that are made or put in the place of others in the middle of training
         self._hooks = [
             register_optimizer_step_pre_hook(self.cover),
@@ -127,7 +127,7 @@ class HeldModule:
         self.copies.append((copy, weights))
 
     def cover(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        """Take notice of weights that an optimizer holds and the mask does not cover."""
+        """Find the weights of an optimizer that the mask does not cover, and hold them if that is asked for."""
         for weight in parameters_of(optimizer):
             if weight in self.own and weight.requires_grad and weight not in self.weights:
                 self.uncovered.add(weight)
@@ -151,7 +151,7 @@ class HeldModule:
                 self.weights[weight].put_back(weight)
 
     def settle(self) -> None:
-        """Put back what anything but a step of an optimizer wrote, and remember the largest change of a weight."""
+        """Put back whatever was written between two optimizer steps, and remember the largest change of a weight."""
         leaked = [held.leaked(weight) for weight, held in self.weights.items()]
         if leaked and torch.stack([flag.to(leaked[0].device) for flag in leaked]).any():
             self.drift = max([self.drift, *(held.drift(weight) for weight, held in self.weights.items())])
@@ -169,7 +169,7 @@ class HeldModule:
         self.weights = {weight: held.on(weight.device) for weight, held in self.weights.items()}
 
     def check(self) -> None:
-        """Put back what anything but a step of an optimizer wrote, and refuse to go on without a weight that is held.
+        """Settle, and refuse to go on without a weight that is held.
 
         Raises:
             MisconfigurationException: Another parameter was put in its place.

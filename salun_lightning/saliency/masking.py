@@ -43,12 +43,13 @@ class SaliencyMasking(Callback):
     - gradients outside the mask are zeroed before clipping, so a clipped norm is that of the weights that may move;
     - after every step of any optimizer each weight outside the mask gets its original bits back, whatever momentum, weight
       decay or a NaN made of it. The same holds for the average that ``WeightAveraging`` / ``EMAWeightAveraging`` keeps;
-    - whatever else writes to it is undone before anybody can see it: at the end of each batch, before and after each
-      validation, at the end of each epoch, and before weights are saved.
+    - other callbacks and hooks may write to weights, but outside the mask that is undone: before the next batch, before each
+      batch of a validation, and before a checkpoint is saved.
 
-    The original weights are those at the start of training, after a checkpoint was restored. The mask is part of the
-    checkpoint. It covers the weights that an optimizer holds when training starts; others, such as those of a target network,
-    are left alone and do not count into the ratio. When training ends, :attr:`report` tells what was measured.
+    The original weights are those that this callback finds in its ``on_train_start``: a checkpoint was restored by then. The
+    mask is saved in checkpoints. It covers the weights that an optimizer holds when training starts. Other weights, such as
+    those of a target network, are left alone and do not count into the ratio. After training, :attr:`report` tells what was
+    measured.
 
     Args:
         ratio: The fraction of all covered weights that may move, from 0 (none) to 1 (all).
@@ -57,8 +58,8 @@ class SaliencyMasking(Callback):
         freeze_buffers: Whether buffers, such as the running statistics of BatchNorm, are put back after every batch. They are
             not weights; by default they move, as in the released code of the paper.
         seed: Seed of the ``random`` score.
-        uncovered: What becomes of weights that are trained and the mask does not cover: those that an optimizer gets in the
-            middle of training, or that ``mask`` leaves out. ``frozen`` holds them still, ``free`` lets them move.
+        uncovered: Some weights may be trained although the mask does not cover them: an optimizer gets them in the middle of
+            training, or ``mask`` leaves them out. ``frozen`` holds them still, ``free`` lets them move.
 
     Raises:
         ValueError: ``ratio`` is out of range, not exactly one of ``ratio`` and ``mask`` is given, or there is no such score.
@@ -76,7 +77,7 @@ class SaliencyMasking(Callback):
     report: dict[str, float]
     """After training: ``num_weights``, ``num_kept`` (may move), ``num_moved`` (did since the start or the last resume),
     ``num_uncovered``, ``num_without_optimizer`` (when training started), and ``drift``: the largest change outside the mask
-    that anything but a step made, at any time, before it was put back."""
+    that was found between two optimizer steps. It was put back."""
 
     def __init__(
         self,

@@ -1,8 +1,8 @@
 """Exact global top-k over many tensors, without sorting or concatenating them.
 
-The bit pattern of a non-negative float grows with its value, so the k-th largest score is found digit by digit: a histogram
-of the highest bits says which bin it lies in, a histogram of the next bits of that bin narrows it down, until every bit is
-known. Time is linear in the number of scores, however many tensors they lie in; the extra memory is one chunk.
+The bits of a non-negative float, read as an integer, grow with its value. So the k-th largest score is found digit by digit: a
+histogram of the highest bits tells in which bin it lies, and a histogram of the next bits within that bin tells more, until
+every bit is known. Time is linear in the number of scores, however many tensors they lie in; the extra memory is one chunk.
 """
 
 from collections.abc import Iterator, Mapping
