@@ -20,7 +20,6 @@ from salun_lightning.methods import (
     Remap,
     SelectiveAmnesia,
 )
-from salun_lightning.modules import ImageClassifier
 from salun_lightning.modules.class_diffusion import ClassDiffusion
 from salun_lightning.modules.sampling import Sampling
 from salun_lightning.networks import SmallResNet
@@ -553,21 +552,6 @@ def test_what_judges_is_neither_trained_nor_masked_nor_saved(tmp_path: Path, eva
     assert {id(weight) for weight in optimized} == {id(weight) for weight in network.values()}
     saved_keys = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"].keys()
     assert saved_keys == {f"network.{name}" for name in module.network.state_dict()}
-
-
-def test_a_classifier_that_is_to_judge_is_not_trained_by_a_diffusion_method(tmp_path: Path) -> None:
-    module = ImageClassifier(SmallResNet(3, width=4, stages=1), method=Remap())
-    with pytest.raises(ValueError, match=r"^Remap is a method for diffusion models; ImageClassifier is none\.$"):
-        trainer(tmp_path, max_epochs=1).fit(module, datamodule=images())
-
-
-@pytest.mark.parametrize("method", [ESD(), SelectiveAmnesia()])
-def test_other_diffusion_methods_refuse_a_classifier(tmp_path: Path, method: Method) -> None:
-    module = ImageClassifier(SmallResNet(3, width=4, stages=1), method=method)
-    with pytest.raises(
-        ValueError, match=rf"^{type(method).__name__} is a method for diffusion models; ImageClassifier is none"
-    ):
-        trainer(tmp_path, max_epochs=1).fit(module, datamodule=images())
 
 
 def test_retained_classes_are_those_not_forgotten_whole(tmp_path: Path) -> None:
