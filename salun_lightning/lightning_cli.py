@@ -19,9 +19,10 @@ import salun_lightning.data
 import salun_lightning.methods
 import salun_lightning.modules
 import salun_lightning.networks  # noqa: F401  # classes of imported modules can be named without their module
+from salun_lightning.callbacks.predictions import PredictionsWriter
 from salun_lightning.cli import program
 from salun_lightning.methods import FineTune
-from salun_lightning.modules import ImageWriter, ProbabilityWriter
+from salun_lightning.modules import ImageWriter
 from salun_lightning.modules.base import UnlearningModule
 from salun_lightning.run_folder import (
     KeepMetrics,
@@ -205,7 +206,7 @@ class UnlearningCLI(LightningCLI):
             *(given if isinstance(given, list) else [given]),
             *([] if saliency is None else [saliency]),
             checkpoint,
-            ProbabilityWriter(),
+            PredictionsWriter(),
             ImageWriter(),
         ]
         trainer = super().instantiate_trainer(**kwargs)

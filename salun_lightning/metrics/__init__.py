@@ -2,6 +2,5 @@
 
 from salun_lightning.metrics.generation import GenerationQuality
 from salun_lightning.metrics.manifold import manifold_precision_recall
-from salun_lightning.metrics.membership import MembershipInference
 
-__all__ = ["GenerationQuality", "MembershipInference", "manifold_precision_recall"]
+__all__ = ["GenerationQuality", "manifold_precision_recall"]

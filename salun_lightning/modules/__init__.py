@@ -6,6 +6,5 @@
 from salun_lightning.modules.base import UnlearningModule
 from salun_lightning.modules.classifier import ImageClassifier
 from salun_lightning.modules.image_writer import ImageWriter
-from salun_lightning.modules.writer import ProbabilityWriter
 
-__all__ = ["ImageClassifier", "ImageWriter", "ProbabilityWriter", "UnlearningModule"]
+__all__ = ["ImageClassifier", "ImageWriter", "UnlearningModule"]
