@@ -59,31 +59,26 @@ class Passes(Callback):
         self.number = state_dict["number"]
 
 
-class Evidence(Callback):
-    """Collects, while testing, what the report shows of each model."""
+class Samples(Callback):
+    """Collects, while testing, the first images that a model generates of each class."""
 
     def __init__(self) -> None:
-        self.confidence: list[float] = []
-        """The probability of the true class of each image of the forget set."""
-        self.samples: dict[int, dict[int, Tensor]] = {}
-        """The first generated images of each class, by class and number."""
+        self.images: dict[int, dict[int, Tensor]] = {}
+        """By class and number."""
 
     @override
     def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any, **__: Any) -> None:
-        if outputs["set"] == "forget" and "probabilities" in outputs:
-            true = outputs["probabilities"].gather(1, outputs["target"].unsqueeze(1))
-            self.confidence += true.flatten().tolist()
         if outputs["set"] == "generated":
             for image, target, index in zip(
                 outputs["image"], outputs["target"].tolist(), outputs["index"].tolist(), strict=True
             ):
                 if index < _SHOWN:
-                    self.samples.setdefault(target, {})[index] = image.cpu()
+                    self.images.setdefault(target, {})[index] = image.cpu()
 
-    def save_samples(self, path: Path) -> None:
+    def save(self, path: Path) -> None:
         """Save a picture with a row of images for each class, a pixel apart."""
-        if self.samples:
-            images = [numbered[index] for _, numbered in sorted(self.samples.items()) for index in sorted(numbered)]
-            grid = make_grid(torch.stack(images), nrow=len(images) // len(self.samples), padding=1, pad_value=127)
+        if self.images:
+            images = [numbered[index] for _, numbered in sorted(self.images.items()) for index in sorted(numbered)]
+            grid = make_grid(torch.stack(images), nrow=len(images) // len(self.images), padding=1, pad_value=127)
             path.parent.mkdir(parents=True, exist_ok=True)
             to_pil_image(grid[:1] if len(images[0]) == 1 else grid).save(path)  # it makes grey images coloured

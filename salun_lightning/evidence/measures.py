@@ -1,6 +1,7 @@
 """The figures of forgetting, each a pure function of what models say of the samples."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ def figures(predictions: Predictions) -> dict[str, float]:
     in percent, and the accuracy on every set, such as ``test/val/acc``, as a fraction.
     """
     sets = predictions.sets
-    accuracies = {name: accuracy(part) for name, part in sets.items()}
+    accuracies = {name: accuracy(part) for name, part in sets.items() if name != "generated"}
     percent = {name: 100 * value for name, value in accuracies.items()}
     found = {figure: percent[name] for figure, name in (("RA", "retain"), ("TA", "test")) if name in percent}
     if "forget" in percent:
@@ -87,11 +88,41 @@ def membership_inference(retain: PredictedSet, test: PredictedSet, forget: Predi
     return float((attacker.predict(asked[:, None]) == 0).mean())
 
 
+def recognition(generated: PredictedSet, forgotten_classes: Sequence[int], class_names: Sequence[str]) -> dict[str, float]:
+    """What a classifier says of the images that a diffusion model made.
+
+    - ``UA``: 100 minus its accuracy on images of the forgotten classes, in percent (Heng and Soh, NeurIPS 2023)
+    - ``entropy``: its mean entropy on those images, in nats: high for noise, low for images of another class
+    - ``acc``: its accuracy on images of the other classes, and ``acc/<class>`` for every class, in percent
+
+    Args:
+        generated: Its logits; the targets are the classes that were asked for.
+        forgotten_classes: Which of them are forgotten.
+        class_names: The names of all classes.
+    """
+    logits, targets = generated.logits, generated.targets
+    found = (logits.argmax(1) == targets) & ~logits.isnan().any(1)
+    gone = torch.isin(targets, torch.tensor(forgotten_classes, dtype=torch.int64))
+    results: dict[str, Tensor] = {}
+    if gone.any():
+        results["UA"] = 100 - 100 * found[gone].double().mean()
+        results["entropy"] = torch.special.entr(logits[gone].double().softmax(1)).sum(1).mean()
+    if not gone.all():
+        results["acc"] = 100 * found[~gone].double().mean()
+    for number in targets.unique().tolist():
+        results[f"acc/{class_names[number]}"] = 100 * found[targets == number].double().mean()
+    return {name: value.float().item() for name, value in results.items()}
+
+
 def forgotten(before: Predictions, after: Predictions) -> Tensor:
     """How much confidence each sample of the forget set lost, (N,), in the order of their indices.
 
+    Args:
+        before: What the original model says. It may have been tested with another request: any training sample will do.
+        after: What the unlearned model says.
+
     Raises:
-        ValueError: The forget sets are not the same.
+        ValueError: The original was not tested on these samples.
     """
-    before.check_same_samples(after, "forget")
-    return before.sets["forget"].confidences - after.sets["forget"].confidences
+    asked = after.sets["forget"]
+    return before.training.of(asked).confidences - asked.confidences

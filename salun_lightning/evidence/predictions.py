@@ -58,6 +58,24 @@ class PredictedSet:
         """The probability of the true class, (N,); NaN where a logit is none or is infinite."""
         return self.probabilities.gather(1, self.targets.unsqueeze(1)).squeeze(1)
 
+    def of(self, others: "PredictedSet") -> "PredictedSet":
+        """What was said of the samples that another set holds.
+
+        Args:
+            others: The other set, such as what another model says of some of these samples.
+
+        Raises:
+            ValueError: One of its samples is not in this set, or is of another class there.
+        """
+        places = torch.searchsorted(self.indices, others.indices).clamp(max=max(len(self) - 1, 0))
+        rows = [tensor[places] if len(self) else tensor for tensor in (self.logits, self.targets, self.indices)]
+        if not (torch.equal(rows[1], others.targets) and torch.equal(rows[2], others.indices)):
+            raise ValueError(
+                f"The two models cannot be compared: of the {len(others)} samples that the one was tested on, the other was not"
+                f" tested on all, or has other classes for them ({len(self)} samples). Test both with the same data."
+            )
+        return PredictedSet(*rows)
+
 
 @dataclass(frozen=True)
 class Predictions:
@@ -102,28 +120,13 @@ class Predictions:
                 f"'{path}' does not hold predictions, or is damaged ({error}). Test the model again to make it anew."
             ) from error
 
-    def check_same_samples(self, other: "Predictions", name: str) -> None:
-        """Refuse to compare what two models say of different samples.
-
-        Args:
-            other: What the other model says.
-            name: The set to compare.
-
-        Raises:
-            ValueError: One lacks the set, or the samples are not the same ones.
-        """
-        for predictions in (self, other):
-            if name not in predictions.sets:
-                raise ValueError(
-                    f"Predictions without the set '{name}' cannot be compared on it; there are: {', '.join(predictions.sets)}."
-                    " Test both models on the same data."
-                )
-        mine, its = self.sets[name], other.sets[name]
-        if not (torch.equal(mine.indices, its.indices) and torch.equal(mine.targets, its.targets)):
-            raise ValueError(
-                f"The set '{name}' of the one model ({len(mine)} samples) is not that of the other ({len(its)} samples), so they"
-                " cannot be compared. Test both with the same data, forget request and seeds."
-            )
+    @property
+    def training(self) -> PredictedSet:
+        """The training set: the forget and the retain set together, however a request divides them."""
+        parts = [self.sets[name] for name in ("forget", "retain") if name in self.sets]
+        if not parts:
+            raise ValueError(f"There are no predictions of training samples, only of: {', '.join(self.sets)}. Test with them.")
+        return PredictedSet(*(torch.cat([getattr(part, field) for part in parts]) for field in _FIELDS))
 
 
 class Recorder:

@@ -27,9 +27,9 @@ class ImageClassifier(UnlearningModule):
     - ``TA``: accuracy on the test set (without the classes that are forgotten whole)
     - ``MIA``: membership inference, see ``evidence.measures.membership_inference``
 
-    and the accuracy on every set, such as ``test/val/acc``, all computed from ``predictions``. None of them has a best direction
-    of its own: the target is the value of the retrained model. What needs a set that is not there is left out. A sample whose
-    logits are NaN counts as wrong.
+    and the accuracy on every set, such as ``test/val/acc``, all computed from ``predictions``. None of them has a best
+    direction of its own: the target is the value of the retrained model. What needs a set that is not there is left out. A
+    sample whose logits are NaN counts as wrong.
 
     Args:
         network: Maps images (B, C, H, W) in [0, 1] to logits (B, classes), or to something that holds them, see ``logits_of``.

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 
 from salun_lightning.evidence.gaps import average_gap, gaps
-from salun_lightning.evidence.measures import accuracy, figures, forgotten, membership_inference
+from salun_lightning.evidence.measures import accuracy, figures, forgotten, membership_inference, recognition
 from salun_lightning.evidence.predictions import PredictedSet, Predictions
 
 Confidences = dict[str, Tensor]
@@ -168,23 +168,59 @@ def test_logits_that_are_no_numbers_are_wrong(value: float) -> None:
     assert part.confidences.isnan().tolist() == [True, False, True, False]
 
 
+def test_what_a_judge_recognises_is_what_the_metric_of_diffusion_models_says() -> None:
+    draw = torch.Generator().manual_seed(0)
+    targets = torch.tensor([0, 1, 2]).repeat_interleave(7)
+    logits = torch.randn(21, 4, generator=draw) + 2 * torch.nn.functional.one_hot(targets, 4)
+    logits[3] = float("nan")
+    gone = targets == 1
+    right = torch.tensor([int(row.nan_to_num(-9).argmax()) for row in logits]) == targets
+    right[3] = False
+    odds = logits[gone].double().exp() / logits[gone].double().exp().sum(1, keepdim=True)
+    found = recognition(PredictedSet(logits, targets, torch.arange(21)), [1], ["a", "b", "c", "d"])
+    assert found == {
+        "UA": pytest.approx(100 - 100 * right[gone].sum().item() / 7),
+        "entropy": pytest.approx(-(odds * odds.log()).sum().item() / 7),
+        "acc": pytest.approx(100 * right[~gone].sum().item() / 14),
+        **{f"acc/{name}": pytest.approx(100 * right[targets == i].sum().item() / 7) for i, name in enumerate("abc")},
+    }
+    assert recognition(PredictedSet(logits, targets, torch.arange(21)), [], ["a", "b", "c", "d"]).keys() == {
+        "acc",
+        "acc/a",
+        "acc/b",
+        "acc/c",
+    }
+
+
 def test_forgotten_is_the_confidence_that_was_lost() -> None:
     before, after = said(torch.tensor([0.9, 0.8])), said(torch.tensor([0.5, 0.9]))
     lost = forgotten(Predictions({"forget": before}), Predictions({"forget": after}))
     torch.testing.assert_close(lost, torch.tensor([0.4, -0.1]))
 
 
+def test_the_original_may_have_been_tested_with_another_request() -> None:
+    before = {
+        "forget": said(torch.tensor([0.9, 0.8]), torch.tensor([4, 1])),
+        "retain": said(torch.tensor([0.7]), torch.tensor([2])),
+    }
+    after = said(torch.tensor([0.5, 0.6]), torch.tensor([1, 2]))
+    lost = forgotten(Predictions(before), Predictions({"forget": after}))
+    torch.testing.assert_close(lost, torch.tensor([0.3, 0.1]))
+
+
 @pytest.mark.parametrize(
     ("other", "sentence"),
     [
-        ({"forget": said(torch.rand(3))}, r"'forget' of the one model \(2 samples\) is not that of the other \(3 samples\)"),
-        ({"forget": said(torch.rand(2), torch.tensor([0, 4]))}, "Test both with the same data, forget request and seeds"),
-        ({"test": said(torch.rand(2))}, "without the set 'forget' cannot be compared on it; there are: test"),
+        ({"forget": said(torch.rand(1))}, r"of the 2 samples .* was not tested on all, .* \(1 samples\). Test both"),
+        ({"retain": said(torch.rand(2), torch.tensor([0, 4]))}, "cannot be compared"),
+        ({"forget": PredictedSet(torch.zeros(2, 3), torch.ones(2), torch.arange(2))}, "has other classes for them"),
+        ({"forget": said(torch.empty(0))}, "cannot be compared"),
+        ({"test": said(torch.rand(2))}, "There are no predictions of training samples, only of: test"),
     ],
 )
 def test_other_samples_are_not_compared(other: Any, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
-        forgotten(Predictions({"forget": said(torch.rand(2))}), Predictions(other))
+        forgotten(Predictions(other), Predictions({"forget": said(torch.rand(2))}))
 
 
 def test_gaps_are_of_the_figures_that_both_have() -> None:
