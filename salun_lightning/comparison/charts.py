@@ -10,7 +10,7 @@ from salun_lightning.comparison.report import Results, Table
 from salun_lightning.evidence.gaps import average_gap, gaps
 
 WIDTH = 340
-_MARGIN, _ROW = 12, 34
+_MARGIN, _ROW, _NUMBERS = 12, 38, 44
 _SUREST = 1e-7  # below it, float32 knows no difference to certainty
 _POINTS = 80  # of a curve
 
@@ -64,13 +64,13 @@ def _panel(name: str, distances: Mapping[str, Sequence[float]], noise: float | N
     low, high = (low if name == "gap" else low - room), high + room
 
     def place(value: float) -> float:
-        return round(_MARGIN + (WIDTH - 2 * _MARGIN) * (value - low) / (high - low), 1)
+        return round(_MARGIN + (WIDTH - 2 * _MARGIN - _NUMBERS) * (value - low) / (high - low), 1)
 
     rows = [
         {
             "label": row,
             "mean": f"{fmean(of_row):{'' if name == 'gap' else '+'}.2f}",
-            "y": _ROW * i + 26,
+            "y": _ROW * i + 28,
             "points": [place(value) for value in of_row],
             "at": place(fmean(of_row)),
         }

@@ -108,8 +108,7 @@ def _images(cells: Sequence[Cell], said: Mapping[Cell, Predictions], table: Tabl
         surenesses = {name: _by_index(predictions) for name, predictions in names.items()}
         groups = [("most", "Forgotten most"), ("least", "Forgotten least")]
         shown[cell.row] = {
-            "row": cell.row,
-            "run": cell.name,
+            "name": cell.name,
             "groups": [
                 (title, [_image(index, kept, surenesses) for index in kept[group]]) for group, title in groups if kept[group]
             ],

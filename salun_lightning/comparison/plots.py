@@ -29,6 +29,8 @@ def plot_samples(cells: Sequence[Cell], out: Path) -> list[Path]:
 
 
 def _drawn(drawings: Mapping[str, Callable[[Any], None]], out: Path) -> list[Path]:
+    if not drawings:
+        return []
     import matplotlib as mpl
 
     mpl.use("Agg")
