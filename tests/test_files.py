@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from salun_lightning.files import read_json, set_aside, whole, write_json, write_text
+from salun_lightning.files import read_json, set_aside, tensors_fault, whole, write_json, write_text
 
 
 def test_nothing_is_written_in_place(tmp_path: Path) -> None:
@@ -73,3 +75,12 @@ def test_a_folder_is_set_aside_whole(tmp_path: Path) -> None:
         aside = set_aside(folder, "it was made with other settings")
     assert (aside / "checkpoints" / "last.ckpt").read_text() == "weights"
     assert not folder.exists()
+
+
+def test_what_is_wrong_with_a_file_of_tensors(tmp_path: Path) -> None:
+    path = tmp_path / "file.safetensors"
+    assert tensors_fault(path) == "it is gone"
+    save_file({"weight": torch.zeros(3)}, path)
+    assert tensors_fault(path) is None
+    path.write_bytes(path.read_bytes()[:-1])
+    assert str(tensors_fault(path)).startswith("it is damaged (")
