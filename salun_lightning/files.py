@@ -135,8 +135,13 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON that appears whole or not at all. NaN and infinity, which JSON does not have, become null."""
-    write_text(path, json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
+    """Write JSON that appears whole or not at all."""
+    write_text(path, as_json(content))
+
+
+def as_json(content: Any) -> str:
+    """The text of a JSON file. NaN and infinity, which JSON does not have, become null."""
+    return json.dumps(_finite(content), indent=1, allow_nan=False) + "\n"
 
 
 def _finite(content: Any) -> Any:
@@ -209,6 +214,19 @@ def _opened(path: str | os.PathLike[str], stream: IO[bytes] | None) -> Iterator[
     else:
         stream.seek(0)
         yield stream
+
+
+def tensors_fault(path: Path) -> str | None:
+    """Why a file of safetensors cannot be used, as the end of a sentence; None if it can. Only its header is read."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        return "it is gone"
+    try:
+        with safe_open(path, framework="numpy"):
+            return None
+    except SafetensorError as error:
+        return f"it is damaged ({error})"
 
 
 def set_aside(path: Path, why: str) -> Path:

@@ -18,11 +18,10 @@ import salun_lightning.data
 import salun_lightning.methods
 import salun_lightning.modules
 import salun_lightning.networks  # noqa: F401  # classes of imported modules can be named without their module
-from salun_lightning.callbacks import ImageWriter, SavePipeline
+from salun_lightning.callbacks import ImageWriter, PredictionsWriter, SavePipeline
 from salun_lightning.cli import program
 from salun_lightning.methods import load_offered
 from salun_lightning.methods.finetune import FineTune
-from salun_lightning.modules import ProbabilityWriter
 from salun_lightning.modules.base import UnlearningModule
 from salun_lightning.run_folder import (
     KeepMetrics,
@@ -196,7 +195,7 @@ class UnlearningCLI(LightningCLI):
             *(given if isinstance(given, list) else [given]),
             *([] if saliency is None else [saliency]),
             checkpoint,
-            ProbabilityWriter(),
+            PredictionsWriter(),
             ImageWriter(),
             SavePipeline(),
         ]

@@ -163,7 +163,7 @@ def set_other_run_aside(folder: Path, config: str) -> None:
     saved = folder / "config.yaml"
     if not (folder / "checkpoints").exists() or (saved.is_file() and _outcome(saved.read_text()) == _outcome(config)):
         return
-    for name in ("checkpoints", "pipeline", "metrics.csv", "config.yaml"):
+    for name in ("checkpoints", "pipeline", "metrics.csv", "predictions.safetensors", "config.yaml"):
         if (folder / name).exists():
             set_aside(
                 folder / name, "another configuration made it. Train into another --trainer.default_root_dir to keep both"

@@ -10,8 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from salun_lightning.files import read_json, read_torch, set_aside, whole, whole_folder, write_json, write_text
+from salun_lightning.files import (
+    read_json,
+    read_torch,
+    set_aside,
+    tensors_fault,
+    whole,
+    whole_folder,
+    write_json,
+    write_text,
+)
 
 
 def test_nothing_is_written_in_place(tmp_path: Path) -> None:
@@ -192,3 +202,12 @@ def test_a_damaged_file_of_torch_is_refused(content: bytes, tmp_path: Path) -> N
         read_torch(tmp_path / "junk.pt")
     assert caught.value.__suppress_context__
     assert "weights_only" not in f"{caught.value} {caught.value.__cause__}"
+
+
+def test_what_is_wrong_with_a_file_of_tensors(tmp_path: Path) -> None:
+    path = tmp_path / "file.safetensors"
+    assert tensors_fault(path) == "it is gone"
+    save_file({"weight": torch.zeros(3)}, path)
+    assert tensors_fault(path) is None
+    path.write_bytes(path.read_bytes()[:-1])
+    assert str(tensors_fault(path)).startswith("it is damaged (")

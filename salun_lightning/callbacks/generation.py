@@ -14,7 +14,9 @@ from typing_extensions import override
 from salun_lightning.callbacks.requests import ImageRequests, Requested
 from salun_lightning.data import ForgetClasses
 from salun_lightning.data.order import FixedOrder
-from salun_lightning.metrics import Distribution, Recognition
+from salun_lightning.evidence.measures import recognition
+from salun_lightning.evidence.predictions import Predictions, Recorder
+from salun_lightning.metrics import Distribution
 from salun_lightning.metrics.distribution import Kind
 from salun_lightning.networks.features import Inception, last_linear, logits_and_features
 from salun_lightning.networks.frozen import Frozen
@@ -27,9 +29,9 @@ _EXAMPLES = 8  # of each condition
 class GenerationEvaluator(Callback):
     """Samples images at the end of a test, and measures them with a classifier and with features.
 
-    ``test`` logs what ``Recognition`` measures of them, and ``Distribution`` of those of retained classes, against the training
-    images of these. A module is asked for the images by ``predict_step`` with a batch of :class:`Requested`. ``predict`` of a
-    diffusion model asks for the same images.
+    ``test`` logs what ``evidence.measures.recognition`` finds in them, and what ``Distribution`` measures of those of retained
+    classes, against the training images of these. A module is asked for the images by ``predict_step`` with a batch of
+    :class:`Requested`. ``predict`` of a diffusion model asks for the same images.
 
     Args:
         per_condition: How many images of each condition are sampled.
@@ -49,9 +51,9 @@ class GenerationEvaluator(Callback):
     examples: dict[int, dict[int, Tensor]]
     """After a test, the first images of each condition: uint8 (C, H, W), by condition and number. Of this process."""
 
-    predicted: dict[str, Tensor] | None
-    """After a test, what the classifier says of every image: ``logits`` (N, classes), ``targets`` (N,), the conditions that
-    were asked for, and ``indices`` (N,), condition x ``per_condition`` + number of the image. None without a classifier."""
+    predictions: Predictions | None
+    """After a test, what the classifier says of every image: the set ``generated``, whose targets are the conditions that were
+    asked for, and whose indices are condition x ``per_condition`` + number of the image. None without a classifier."""
 
     def __init__(
         self,
@@ -74,9 +76,9 @@ class GenerationEvaluator(Callback):
         self.features = Frozen(features) if isinstance(features, nn.Module) else None
         self.inception = features is None
         self.distribution = Distribution(neighbours)
-        self.recognition = Recognition()
-        self.examples, self.predicted = {}, None
+        self.examples, self.predictions = {}, None
         self._loaded = False
+        self._recorder = Recorder()
 
     @property
     def description(self) -> str:
@@ -128,10 +130,10 @@ class GenerationEvaluator(Callback):
         for network in (self.classifier, self.features):
             if network is not None:
                 network.to(device)
-        self.recognition = Recognition(_names(trainer)).to(device)
+        self._recorder = Recorder()
         self.distribution.reset()
         self.distribution.to(device)
-        self.examples, self.predicted = {}, None
+        self.examples, self.predictions = {}, None
 
     @override
     def on_test_batch_end(
@@ -151,10 +153,11 @@ class GenerationEvaluator(Callback):
         for step, requested in zip(range(number), tqdm(loader, "Sampling", disable=not shown), strict=False):
             asked = trainer.strategy.batch_to_device(requested)
             self._take(trainer, trainer.strategy.predict_step(asked, step))  # which keeps precision and sharding
-        results = self.distribution.compute()
+        results: dict[str, Any] = self.distribution.compute()
         if self.classifier is not None:
-            results |= self.recognition.compute()
-            self.predicted = self.recognition.predictions()
+            self.predictions = self._recorder.predictions()
+            forgotten = getattr(trainer.datamodule, "forgotten_classes", [])  # type: ignore[attr-defined]
+            results |= recognition(self.predictions.sets["generated"], forgotten, _names(trainer))
         pl_module.log_dict(results, sync_dist=True)
 
     def _take(self, trainer: Trainer, generated: dict[str, Any]) -> None:
@@ -165,7 +168,8 @@ class GenerationEvaluator(Callback):
         logits, features = self._look(images.float() / 255)  # what a file of it would hold
         retained = _retained(trainer, targets)
         if logits is not None:
-            self.recognition.update(logits, targets, retained, targets * self.per_condition + numbers)
+            indices = targets * self.per_condition + numbers
+            self._recorder.add({"set": "generated", "logits": logits, "target": targets, "index": indices})
         self.distribution.update(features[retained], targets[retained], "generated")
 
     @torch.no_grad()

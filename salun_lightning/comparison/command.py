@@ -10,11 +10,13 @@ from jsonargparse import ArgumentParser
 
 import salun_lightning
 from salun_lightning.cli import program
+from salun_lightning.comparison.figures import Figures
 from salun_lightning.comparison.plan import Cell, Plan, Row
 from salun_lightning.comparison.plots import plot, plot_samples
-from salun_lightning.comparison.report import METRICS, Results, Table, average_gap, finite, markdown, summarise
+from salun_lightning.comparison.report import Results, Table, markdown, summarise
 from salun_lightning.comparison.schedule import CellsFailed, Schedule
-from salun_lightning.files import write_json, write_text
+from salun_lightning.evidence.gaps import METRICS, average_gap, finite
+from salun_lightning.files import as_json, read_json, write_text
 
 
 def compare(
@@ -88,8 +90,9 @@ def compare(
     table = Table(known[reference.lower()], [known[name.lower()] for name in floor], metrics, gap)
     started = time.perf_counter()
     cells = [*plan.first, *(cell for cell in plan.cells if cell in wanted)]
-    failed = _run_all(cells, plan.first, table, threads)
-    report = _report(list(rows), plan, table, failed, time.perf_counter() - started)
+    figures = Figures(out)
+    failed = _run_all(cells, plan.first, table, threads, figures)
+    report = _report(list(rows), plan, table, failed, figures, time.perf_counter() - started)
     if failed:
         raise CellsFailed(
             f"{len(failed)} of {len(cells)} cells failed. "
@@ -103,11 +106,12 @@ def _listed(values: Any) -> list[Any]:
     return values if isinstance(values, list) else [values]
 
 
-def _run_all(cells: list[Cell], first: list[Cell], table: Table, threads: int) -> dict[Cell, dict[str, Any]]:
+def _run_all(cells: list[Cell], first: list[Cell], table: Table, threads: int, figures: Figures) -> dict[Cell, dict[str, Any]]:
     """Run the cells and print a line of each; returns what is known of those that failed."""
     results: dict[Any, dict[str, Any]] = {}
 
     def report(cell: Cell, result: dict[str, Any], note: str) -> None:
+        result = figures.of(cell, result)
         measured = finite(result["metrics"])
         unknown = [name for name in table.metrics if name not in result["metrics"]]
         if unknown and result["metrics"] and not results and cell not in first:
@@ -115,30 +119,32 @@ def _run_all(cells: list[Cell], first: list[Cell], table: Table, threads: int) -
             raise ValueError(f"No row measures {' and '.join(unknown)}. 'metrics' may name: {names}.")
         if cell not in first and result["metrics"]:
             results[cell.row, cell.run] = result
-        figures = "  ".join(f"{name} {measured[name]:6.2f}" for name in table.metrics if name in measured)
+        columns = "  ".join(f"{name} {measured[name]:6.2f}" for name in table.metrics if name in measured)
         paired = results.get((table.reference, cell.run))
         distance = average_gap(measured, paired["metrics"], table.metrics) if paired and table.gap else None
         gap = "" if distance is None else f"  gap {distance:5.2f}"
         where = f"seed {cell.seed}" + (f", {cell.case}" if cell.case else "")
         state = "  diverged" if result["state"] == "diverged" else ""
         number = f"[{cells.index(cell) + 1:3}/{len(cells)}]"
-        print(f"{number} {cell.row:<24} {where}  {figures}{gap}{state}  {note}", flush=True)
+        print(f"{number} {cell.row:<24} {where}  {columns}{gap}{state}  {note}", flush=True)
 
     schedule = Schedule(cells, threads, report)
     schedule.run()
     return schedule.failed
 
 
-def _report(order: list[str], plan: Plan, table: Table, failed: dict[Cell, dict[str, Any]], seconds: float) -> dict[str, Any]:
+def _report(
+    order: list[str], plan: Plan, table: Table, failed: dict[Cell, dict[str, Any]], figures: Figures, seconds: float
+) -> dict[str, Any]:
     cells = sorted(plan.cells, key=lambda cell: order.index(cell.row))
-    results: Results = {
-        (cell.row, cell.run): {**result, "command": cell.command}
-        for cell in cells
+    found = {
+        cell: {**figures.of(cell, result), "command": cell.command}
+        for cell in (*plan.first, *cells)
         if (result := cell.result or failed.get(cell)) is not None
     }
-    first = {cell.row: result for cell in plan.first if (result := cell.result or failed.get(cell)) is not None}
+    results: Results = {(cell.row, cell.run): found[cell] for cell in cells if cell in found}
+    first = {cell.row: found[cell] for cell in plan.first if cell in found}
     summary = summarise(results, table)
-    text = markdown(summary, results, table, first)
     report = {
         "version": salun_lightning.__version__,
         "machine": {"platform": platform.platform(), "cpus": os.cpu_count(), **_versions()},
@@ -150,14 +156,24 @@ def _report(order: list[str], plan: Plan, table: Table, failed: dict[Cell, dict[
         "summary": summary,
         "cells": list(results.values()),
     }
-    if not any(figures for figures in summary.values()):  # a finished table is worth more
+    if not any(of_row for of_row in summary.values()):  # a finished table is worth more
         return report
-    write_text(plan.out / "table.md", text)
-    write_json(plan.out / "results.json", report)
-    pictures = plot(summary, results, table, plan.out)
-    pictures += plot_samples([cell for cell in cells if cell.result is not None], plan.out)
+    text = markdown(summary, results, table, first)
+    paths = [plan.out / "table.md", plan.out / "results.json"]
+    before = read_json(paths[1])
+    write_text(paths[0], text)
+    write_text(paths[1], as_json(report))
+    drawn = [plan.out / "report.html", plan.out / "comparison.png"]
+    if as_json({**before, "seconds": 0}) != as_json({**report, "seconds": 0}) or not all(path.is_file() for path in drawn):
+        from salun_lightning.comparison.page import write_page
+
+        finished = [cell for cell in cells if cell.result is not None]
+        samples = plot_samples(finished, plan.out)
+        paths += [*plot(summary, results, table, plan.out), *samples]
+        paths.append(write_page(drawn[0], summary, results, table, finished, first, samples))
     print("\n" + text.split("\nOne row again")[0])
-    print("wrote " + ", ".join(str(path) for path in (plan.out / "table.md", plan.out / "results.json", *pictures)))
+    print("wrote " + ", ".join(map(str, paths)))
+    print(f"The page to look at: {drawn[0]}")
     return report
 
 

@@ -1,5 +1,6 @@
 """What a comparison observes of each run: what it costs, and what the report shows of its model."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,29 +58,15 @@ class Passes(Callback):
         self.number = state_dict["number"]
 
 
-class Evidence(Callback):
-    """Collects, while testing, what the report shows of each model."""
+def save_images(images: Mapping[int, Mapping[int, Tensor]], path: Path) -> None:
+    """Save a picture of generated images, if there are any: a row for each class, a pixel apart.
 
-    def __init__(self) -> None:
-        self.confidence: list[float] = []
-        """The probability of the true class of each image of the forget set."""
-        self.samples: dict[int, dict[int, Tensor]] = {}
-        """The first generated images of each class, by class and number."""
-
-    @override
-    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any, **__: Any) -> None:
-        if outputs["set"] == "forget" and "probabilities" in outputs:
-            true = outputs["probabilities"].gather(1, outputs["target"].unsqueeze(1))
-            self.confidence += true.flatten().tolist()
-
-    @override
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.samples = getattr(getattr(pl_module, "evaluation", None), "examples", {})
-
-    def save_samples(self, path: Path) -> None:
-        """Save a picture with a row of images for each class, a pixel apart."""
-        if self.samples:
-            images = [numbered[index] for _, numbered in sorted(self.samples.items()) for index in sorted(numbered)]
-            grid = make_grid(torch.stack(images), nrow=len(images) // len(self.samples), padding=1, pad_value=127)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            to_pil_image(grid[:1] if len(images[0]) == 1 else grid).save(path)  # it makes grey images coloured
+    Args:
+        images: uint8 (C, H, W), by class and number; equally many of each class.
+        path: Where to.
+    """
+    if images:
+        shown = [numbered[index] for _, numbered in sorted(images.items()) for index in sorted(numbered)]
+        grid = make_grid(torch.stack(shown), nrow=len(shown) // len(images), padding=1, pad_value=127)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        to_pil_image(grid[:1] if len(shown[0]) == 1 else grid).save(path)  # it makes grey images coloured

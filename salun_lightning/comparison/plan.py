@@ -13,7 +13,7 @@ from jsonargparse.typing import Path_fr
 
 from salun_lightning.cli import program
 from salun_lightning.comparison.settings import SettingsReader
-from salun_lightning.files import read_json
+from salun_lightning.files import read_json, tensors_fault
 
 
 @dataclass
@@ -84,15 +84,26 @@ class Cell:
         return self.folder / "checkpoints" / "last.ckpt"
 
     @property
+    def predictions(self) -> Path:
+        """What the model says of every sample."""
+        return self.folder / "predictions.safetensors"
+
+    @property
+    def thumbnails(self) -> Path:
+        """The images that were forgotten most and least."""
+        return self.folder / "thumbnails.json"
+
+    @property
     def samples(self) -> Path:
         """A picture of images that the model generated, a row for each class."""
         return self.folder / "samples.png"
 
     @property
     def result(self) -> dict[str, Any] | None:
-        """What was measured, if the cell has been run to the end with these settings."""
+        """What was recorded, if the cell has been run to the end with these settings and nothing of it is lost."""
         result = read_json(self.folder / "result.json")
-        return result if result.get("key") == self.key else None
+        lost = result.get("predictions") and tensors_fault(self.predictions) is not None
+        return result if result.get("key") == self.key and not lost else None
 
 
 @dataclass

@@ -5,19 +5,15 @@ from pathlib import Path
 from typing import Any
 
 from salun_lightning.comparison.plan import Cell, slug
-from salun_lightning.comparison.report import Results, Table, average_gap, finite
+from salun_lightning.comparison.report import Results, Table
+from salun_lightning.evidence.gaps import average_gap, finite
 
 _PERCENT = {"UA", "RA", "TA", "MIA", "acc"}
 
 
 def plot(summary: Mapping[str, Any], results: Results, table: Table, out: Path) -> list[Path]:
     """Draw the comparison; returns the files that were written."""
-    drawings = {"comparison.png": lambda plt: _draw_metrics(plt, summary, results, table)}
-    if any(result.get("forget_confidence") for result in results.values()):
-        drawings["confidence.png"] = lambda plt: _draw_confidence(plt, results, table)
-    if any("mask_density" in result for result in results.values()):
-        drawings["mask.png"] = lambda plt: _draw_masks(plt, results)
-    return _drawn(drawings, out)
+    return _drawn({"comparison.png": lambda plt: _draw_metrics(plt, summary, results, table)}, out)
 
 
 def plot_samples(cells: Sequence[Cell], out: Path) -> list[Path]:
@@ -33,6 +29,8 @@ def plot_samples(cells: Sequence[Cell], out: Path) -> list[Path]:
 
 
 def _drawn(drawings: Mapping[str, Callable[[Any], None]], out: Path) -> list[Path]:
+    if not drawings:
+        return []
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -84,39 +82,6 @@ def _figure(name: str, results: Results, row: str, run: Any, table: Table) -> fl
         return measured.get(name)
     paired = results.get((table.reference, run))
     return None if paired is None else average_gap(measured, paired["metrics"], table.metrics)
-
-
-def _draw_confidence(plt: Any, results: Results, table: Table) -> None:
-    """How sure the models are of what they were to forget: 1 - p, because all that differs lies close to p = 1."""
-    _, axis = plt.subplots(figsize=(7, 4.5))
-    rows = dict.fromkeys(row for row, _ in results if row not in table.noise_floor)
-    for row in rows:
-        sure = [p for (other, _), result in results.items() if other == row for p in result.get("forget_confidence", [])]
-        doubts = sorted(max(1 - p, 1e-7) for p in sure if p is not None)
-        heights = [(i + 1) / len(doubts) for i in range(len(doubts))]
-        style = {"color": "black", "linewidth": 2.5} if row == table.reference else {"linewidth": 1.3}
-        axis.step(doubts, heights, where="post", label=row, **style)
-    axis.set_xscale("log")
-    axis.set_xlabel("1 - probability of the true class, on the forget set")
-    axis.set_ylabel("fraction of the forget set at most as unsure")
-    axis.set_title(f"Forgetting as if never seen: the closer to {table.reference}, the better", fontsize=11)
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=9)
-
-
-def _draw_masks(plt: Any, results: Results) -> None:
-    """Where in the network the weights lie that may move."""
-    masked = {row: result["mask_density"] for (row, _), result in results.items() if "mask_density" in result}
-    layers = list(next(iter(masked.values())))
-    _, axis = plt.subplots(figsize=(max(6, 0.28 * len(layers)), 4))
-    for i, (row, density) in enumerate(masked.items()):
-        width = 0.8 / len(masked)
-        axis.bar([x + i * width for x in range(len(layers))], [density[layer] for layer in layers], width, label=row)
-    axis.set_xticks([x + 0.4 - 0.4 / len(masked) for x in range(len(layers))], layers, rotation=90, fontsize=7)
-    axis.set_ylabel("fraction of the weights that may move")
-    axis.set_title("Saliency mask by layer, as the network lists them (last run)", fontsize=11)
-    axis.grid(axis="y", alpha=0.3)
-    axis.legend(fontsize=9, loc="lower left", framealpha=1)
 
 
 def _draw_samples(plt: Any, cells: Sequence[Cell]) -> None:

@@ -1,6 +1,5 @@
 """The table and the figures of a comparison."""
 
-import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,11 +7,10 @@ from itertools import combinations
 from statistics import fmean, stdev
 from typing import Any
 
+from salun_lightning.evidence.gaps import METRICS, average_gap, finite
+
 Results = Mapping[tuple[str, Any], dict[str, Any]]
 """What each cell measured, by row and run (seed and case)."""
-
-METRICS = ("UA", "RA", "TA", "MIA")
-"""The columns of a comparison of classifiers."""
 
 _MEANING = {
     "UA": "UA: unlearning accuracy in percent, 100 minus the accuracy on what was forgotten.",
@@ -85,27 +83,16 @@ def _gaps(models: list[Mapping[str, float]], table: Table) -> list[float]:
     return [gap for gap in gaps if gap is not None]
 
 
-def finite(metrics: Mapping[str, float | None]) -> dict[str, float]:
-    """The figures that are numbers; a model that diverged has others, which JSON writes as null.
-
-    Example:
-        >>> finite({"UA": 1.0, "FID": None, "KID": float("nan")})
-        {'UA': 1.0}
-    """
-    return {name: value for name, value in metrics.items() if value is not None and math.isfinite(value)}
-
-
-def average_gap(metrics: Mapping[str, float | None], reference: Mapping[str, float | None], names: list[str]) -> float | None:
-    """Mean absolute difference, for UA, RA, TA and MIA in percentage points (Fan et al., ICLR 2024); None if one is missing.
-
-    Example:
-        >>> average_gap({"UA": 1, "RA": 100}, {"UA": 3, "RA": 100}, ["UA", "RA"])
-        1.0
-    """
-    measured, wanted = finite(metrics), finite(reference)
-    if not all(name in measured and name in wanted for name in names):
-        return None
-    return fmean(abs(measured[name] - wanted[name]) for name in names)
+def table_rows(summary: Mapping[str, Any], results: Results, table: Table) -> tuple[list[str], list[list[str]]]:
+    """The columns of the table, and each row with its name in front."""
+    columns = [*table.metrics, *(["avg. gap"] if table.gap else []), "cost", "run time"]
+    rows = []
+    for row, figures in summary.items():
+        cells = [_cell(figures, metric, 2) for metric in table.metrics]
+        if table.gap:
+            cells.append("0" if row == table.reference else _cell(figures, "gap", 2))
+        rows.append([_marked(row, results, table), *cells, _cell(figures, "cost", 3), _cell(figures, "time", 3)])
+    return columns, rows
 
 
 def markdown(summary: Mapping[str, Any], results: Results, table: Table, first: Mapping[str, Any] | None = None) -> str:
@@ -117,15 +104,10 @@ def markdown(summary: Mapping[str, Any], results: Results, table: Table, first: 
         table: What the table is made of.
         first: What was measured of the models that were trained first, by name.
     """
-    columns = [*table.metrics, *(["avg. gap"] if table.gap else []), "cost", "run time"]
+    columns, rows = table_rows(summary, results, table)
     lines = ["| | " + " | ".join(columns) + " |", "| --- " * (len(columns) + 1) + "|"]
-    for row, figures in summary.items():
-        cells = [_cell(figures, metric, 2) for metric in table.metrics]
-        if table.gap:
-            cells.append("0" if row == table.reference else _cell(figures, "gap", 2))
-        cells += [_cell(figures, "cost", 3), _cell(figures, "time", 3)]
-        lines.append(f"| {_marked(row, results, table)} | {' | '.join(cells)} |")
-    lines += ["", *_caption(summary, results, table, first or {})]
+    lines += [f"| {label} | {' | '.join(cells)} |" for label, *cells in rows]
+    lines += ["", *caption(summary, results, table, first or {})]
     one = next(iter(results), ("", None))[1]
     lines += ["", f"One row again by itself ({_run_name(results, one)}):", ""]
     lines += [f"- {row}: `{result['command']}`" for (row, run), result in results.items() if run == one]
@@ -141,7 +123,8 @@ def _marked(row: str, results: Results, table: Table) -> str:
     return f"{row} ({'; '.join(marks)})" if marks else row
 
 
-def _caption(summary: Mapping[str, Any], results: Results, table: Table, first: Mapping[str, Any]) -> list[str]:
+def caption(summary: Mapping[str, Any], results: Results, table: Table, first: Mapping[str, Any]) -> list[str]:
+    """What the table says, in sentences."""
     seeds = sorted({result["seed"] for result in results.values()})
     cases = list(dict.fromkeys(result["case"] for result in results.values() if result.get("case")))
     over = f"{_counted('seed', seeds)}" + (f" and {_counted('case', cases)}" if cases else "")

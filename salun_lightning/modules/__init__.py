@@ -8,11 +8,10 @@ from typing import Any
 
 from salun_lightning.modules.base import UnlearningModule
 from salun_lightning.modules.classifier import ImageClassifier
-from salun_lightning.modules.writer import ProbabilityWriter
 
 _SLOW = {"ClassDiffusion": "class_diffusion", "Diffusion": "diffusion", "Sampling": "sampling"}
 
-__all__ = ["ClassDiffusion", "Diffusion", "ImageClassifier", "ProbabilityWriter", "Sampling", "UnlearningModule"]
+__all__ = ["ClassDiffusion", "Diffusion", "ImageClassifier", "Sampling", "UnlearningModule"]
 
 
 def __getattr__(name: str) -> Any:

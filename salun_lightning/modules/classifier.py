@@ -12,11 +12,9 @@ from torchmetrics import MeanMetric
 from typing_extensions import override
 
 from salun_lightning.data import ForgetRetainDataModule, Samples
-from salun_lightning.metrics import MembershipInference
-from salun_lightning.metrics.membership import Group
+from salun_lightning.evidence.measures import figures, right
+from salun_lightning.evidence.predictions import Predictions, Recorder
 from salun_lightning.modules.base import SETS, UnlearningModule, set_name
-
-_GROUPS: dict[str, Group] = {"retain": "member", "test": "nonmember", "forget": "forget"}
 
 
 class ImageClassifier(UnlearningModule):
@@ -27,10 +25,11 @@ class ImageClassifier(UnlearningModule):
     - ``UA``: unlearning accuracy, 100 - accuracy on the forget set
     - ``RA``: accuracy on the retain set
     - ``TA``: accuracy on the test set (without the classes that are forgotten whole)
-    - ``MIA``: membership inference, see ``MembershipInference``
+    - ``MIA``: membership inference, see ``evidence.measures.membership_inference``
 
-    and the accuracy on every set, such as ``test/val/acc``. None of them has a best direction of its own: the target is the
-    value of the retrained model. What needs a set that is not there is left out. A sample whose logits are NaN counts as wrong.
+    and the accuracy on every set, such as ``test/val/acc``, all computed from ``predictions``. None of them has a best
+    direction of its own: the target is the value of the retrained model. What needs a set that is not there is left out. A
+    sample whose logits are NaN counts as wrong.
 
     Args:
         network: Maps images (B, C, H, W) in [0, 1] to logits (B, classes), or to something that holds them, see ``logits_of``.
@@ -45,7 +44,9 @@ class ImageClassifier(UnlearningModule):
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.network.to(memory_format=self.memory_format)
         self.accuracy = nn.ModuleDict({name: MeanMetric() for name in SETS})
-        self.mia = MembershipInference()
+        self.predictions: Predictions | None = None
+        """What the model said of every sample, after ``test`` and ``predict``."""
+        self._recorder = Recorder()
 
     @override
     def forward(self, images: Tensor) -> Tensor:
@@ -100,58 +101,49 @@ class ImageClassifier(UnlearningModule):
 
     @override
     def validation_step(self, samples: Samples, batch_idx: int, dataloader_idx: int = 0) -> None:
-        prediction = self.predicted(set_name(self, self.trainer.val_dataloaders, dataloader_idx), samples)
-        self._count("val", prediction["set"], prediction["probabilities"], samples)
+        name = set_name(self, self.trainer.val_dataloaders, dataloader_idx)
+        accuracy = self.accuracy[name]
+        assert isinstance(accuracy, MeanMetric)
+        accuracy.update(right(self(samples.inputs).float().softmax(1), samples.targets).float())
+        self.log(f"val/{name}/acc", accuracy, add_dataloader_idx=False)
 
     @override
     def on_test_epoch_start(self) -> None:
-        self.mia.reset()  # of what a test that was broken off left
+        self._recorder = Recorder()  # without what a test that was broken off left
 
     @override
     def test_step(self, samples: Samples, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
-        prediction = self.predicted(set_name(self, self.trainer.test_dataloaders, dataloader_idx), samples)
-        name = prediction["set"]
-        self._count("test", name, prediction["probabilities"], samples)
-        if name in _GROUPS:
-            self.mia.update(prediction["probabilities"], samples.targets, samples.indices, _GROUPS[name])
-        return prediction
-
-    def _count(self, stage: str, name: str, probabilities: Tensor, samples: Samples) -> None:
-        accuracy = self._accuracy(name)
-        right = (probabilities.argmax(1) == samples.targets) & ~probabilities.isnan().any(1)  # else NaN would be class 0
-        accuracy.update(right.float())
-        self.log(f"{stage}/{name}/acc", accuracy, add_dataloader_idx=False)
-
-    def _accuracy(self, name: str) -> MeanMetric:
-        metric = self.accuracy[name]
-        assert isinstance(metric, MeanMetric)
-        return metric
+        return self.predicted(set_name(self, self.trainer.test_dataloaders, dataloader_idx), samples)
 
     @override
     def on_test_epoch_end(self) -> None:
-        sets = self.trainer.test_dataloaders or {}
-        percent = {name: 100 * self._accuracy(name).compute() for name in _GROUPS if name in sets}
-        results = {figure: percent[name] for figure, name in (("RA", "retain"), ("TA", "test")) if name in percent}
-        if "forget" in percent:
-            results["UA"] = 100 - percent["forget"]
-        if percent.keys() == _GROUPS.keys():
-            results["MIA"] = 100 * self.mia.compute()
-        if "test" not in percent:
+        self.predictions = self._recorder.predictions()
+        if "test" not in self.predictions.sets:
             rank_zero_info("There is no test set, so TA and MIA are left out.")
-        self.log_dict(results, sync_dist=True)
+        self.log_dict(figures(self.predictions), sync_dist=True)
+
+    @override
+    def on_predict_epoch_start(self) -> None:
+        self._recorder = Recorder()
 
     @override
     def predict_step(self, samples: Samples, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         return self.predicted(set_name(self, self.trainer.predict_dataloaders, dataloader_idx), samples)
 
+    @override
+    def on_predict_epoch_end(self) -> None:
+        self.predictions = self._recorder.predictions()
+
     def predicted(self, name: str, samples: Samples) -> dict[str, Any]:
-        """Class probabilities of the samples of one set.
+        """What the network says of the samples of one set, which is kept for ``predictions``.
 
         Returns:
-            ``set`` (its name), ``index`` (B,), ``target`` (B,) and ``probabilities`` (B, classes).
+            ``set`` (its name), ``index`` (B,), ``target`` (B,) and ``logits`` (B, C).
         """
-        probabilities = self(samples.inputs).float().softmax(1)
-        return {"set": name, "index": samples.indices, "target": samples.targets, "probabilities": probabilities}
+        logits = self(samples.inputs).float()
+        output = {"set": name, "index": samples.indices, "target": samples.targets, "logits": logits}
+        self._recorder.add(output)
+        return output
 
 
 def logits_of(output: Any) -> Tensor:

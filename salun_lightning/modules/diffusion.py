@@ -17,6 +17,7 @@ from typing_extensions import override
 from salun_lightning.callbacks import GenerationEvaluator
 from salun_lightning.callbacks.requests import Requested
 from salun_lightning.data import Samples
+from salun_lightning.evidence.predictions import Predictions
 from salun_lightning.modules.base import UnlearningModule, set_name
 from salun_lightning.modules.noise import (
     check_schedule,
@@ -101,6 +102,11 @@ class Diffusion(UnlearningModule):
     def decode(self, latents: Tensor) -> Tensor:
         """Images, roughly in [0, 1], of latents."""
         return (latents + 1) / 2
+
+    @property
+    def predictions(self) -> Predictions | None:
+        """After a test, what the classifier of ``evaluation`` says of the images that were sampled: the set ``generated``."""
+        return None if self.evaluation is None else self.evaluation.predictions
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:

@@ -18,10 +18,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from salun_lightning.callbacks import GenerationEvaluator, ImageWriter
+from salun_lightning.callbacks import GenerationEvaluator, ImageWriter, PredictionsWriter
 from salun_lightning.callbacks.requests import Requested
 from salun_lightning.data import ForgetRandom, ForgetRetainDataModule
-from salun_lightning.modules import ProbabilityWriter
 from tests.modules.small_runs import classifier, digits, trainer
 from tests.small import free_port, numbered_images
 
@@ -184,9 +183,9 @@ def test_other_predictions_leave_the_images_of_an_earlier_run(tmp_path: Path) ->
 
 
 def test_it_goes_beside_the_writer_of_probabilities(tmp_path: Path) -> None:
-    callbacks = [ProbabilityWriter(), ImageWriter()]
+    callbacks = [PredictionsWriter(), ImageWriter()]
     trainer(tmp_path / "a", callbacks=callbacks).predict(classifier(), datamodule=digits(), return_predictions=False)
-    assert [path.name for path in (tmp_path / "a").iterdir()] == ["predictions.csv"]
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["predictions.csv", "predictions.safetensors"]
     trainer(tmp_path / "b", callbacks=callbacks).predict(Painter(), datamodule=data(), return_predictions=False)
     assert [path.name for path in (tmp_path / "b").iterdir()] == ["images"]
 

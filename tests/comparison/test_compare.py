@@ -12,6 +12,8 @@ import yaml
 from salun_lightning import ImageClassifier
 from salun_lightning.cli import main
 from salun_lightning.comparison.plan import Cell, Plan, Row
+from salun_lightning.evidence.predictions import Predictions
+from tests.comparison.test_page import parsed
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "digits"
 ROWS = {
@@ -68,21 +70,27 @@ def test_everything_is_written_and_nothing_is_run_twice(config: Path, capsys: py
     table = (out / "table.md").read_text()
     assert table.startswith("| | UA | RA | TA | MIA | avg. gap | cost | run time |")
     assert all((f"| {name}" in table) == (name != FLOOR[1]) for name in ROWS)
-    assert {path.name for path in out.glob("*.png")} == {"comparison.png", "confidence.png", "mask.png"}
+    assert {path.name for path in out.glob("*.png")} == {"comparison.png"}
+    page = parsed(out / "report.html")
+    assert [" | ".join(cells) for cells in page.rows] == [
+        line.strip("| ") for line in table.split("\n\n")[0].splitlines() if not line.startswith("| ---")
+    ]
+    assert {"gaps", "confidence", "where", "images"} <= page.sections
     salun = next(cell for cell in report["cells"] if cell["row"] == "SalUn")
     assert salun["mask"]["drift"] == 0
     assert salun["mask"]["num_moved"] <= salun["mask"]["num_kept"] == salun["mask"]["num_weights"] // 2
-    assert len(salun["forget_confidence"]) == 130  # a tenth of the 1,299 digits that are neither test nor validation
+    said = Predictions.load(out / "salun" / "seed-1" / "predictions.safetensors")
+    assert len(said.sets["forget"]) == 130  # a tenth of the 1,299 digits that are neither test nor validation
     floor = report["summary"]["Retrain again"]["gap"]
     assert floor["mean"] > 0
     assert floor["runs"] == 3  # all pairs of three retrained models
     assert floor["std"] > 0
 
-    stamps = {path: path.stat().st_mtime_ns for path in out.rglob("last.ckpt")}
+    stamps = {path: path.stat().st_mtime_ns for path in (*out.rglob("last.ckpt"), out / "report.html", out / "comparison.png")}
     capsys.readouterr()
     again = compare(config)
     assert capsys.readouterr().out.count("was there") == 5
-    assert {path: path.stat().st_mtime_ns for path in out.rglob("last.ckpt")} == stamps
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
     assert again["summary"] == report["summary"]
 
 
@@ -119,7 +127,9 @@ def test_a_killed_cell_goes_on_from_its_last_epoch(config: Path, monkeypatch: py
 def test_further_arguments_reach_every_row(config: Path) -> None:
     report = compare(config, "--only=SalUn", "--", "--data.forget.fraction=0.5", "--trainer.max_epochs=1")
     assert all("--data.forget.fraction=0.5 --trainer.max_epochs=1" in cell["command"] for cell in report["cells"])
-    assert [len(cell["forget_confidence"]) for cell in report["cells"]] == [650, 650]  # half of 1,299, rounded to even
+    for row in ("original", "salun"):
+        said = Predictions.load(config.parent / "out" / row / "seed-1" / "predictions.safetensors")
+        assert len(said.sets["forget"]) == 650  # half of 1,299, rounded to even
 
 
 def test_changed_settings_run_again(config: Path) -> None:

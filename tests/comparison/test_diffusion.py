@@ -109,7 +109,11 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 def test_what_is_written(folder: Path, report: dict[str, Any]) -> None:
     out = folder / "out"
     pictures = {path.name for path in out.glob("*.png")}
-    assert pictures == {"comparison.png", "mask.png", "samples-3.png", "samples-5.png"}  # no confidence.png
+    assert pictures == {"comparison.png", "samples-3.png", "samples-5.png"}
+    page = (out / "report.html").read_text()
+    assert page.count('<img class="picture" src="data:image/png;base64,') == 2
+    assert 'id="where"' in page
+    assert 'id="confidence"' not in page  # no classifier was tested
     trained = {str(path.relative_to(out)) for path in out.rglob("last.ckpt")}
     assert trained == {
         f"{place}/checkpoints/last.ckpt"

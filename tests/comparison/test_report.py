@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from salun_lightning.comparison.plots import plot
-from salun_lightning.comparison.report import Table, average_gap, markdown, summarise
+from salun_lightning.comparison.report import Table, markdown, summarise
+from salun_lightning.evidence.gaps import average_gap
 
 TABLE = Table("Retrain", ["Retrain again"])
 FOUR = ["UA", "RA", "TA", "MIA"]
@@ -24,7 +25,6 @@ def cell(row: str, seed: int, figures: tuple[float, float, float, float], second
         "threads": 1,
         "state": "finished",
         "command": f"python train.py fit {row} {seed}" + (f" {case}" if case else ""),
-        "forget_confidence": [0.2, 1.0, 0.9],
     }
 
 
@@ -86,18 +86,15 @@ def test_a_row_without_a_reference_has_no_gap(results: Any) -> None:
 def test_plots_show_every_row(results: Any, tmp_path: Path) -> None:
     from matplotlib import pyplot as plt
 
-    results["SalUn", (1, "")]["mask_density"] = {"stem": 0.25, "head": 0.75}
     drawn: dict[str, list[str]] = {}
     close, plt.close = plt.close, lambda: drawn.update({str(len(drawn)): _texts(plt.gcf())}) or close()
     try:
         paths = plot(summarise(results, TABLE), results, TABLE, tmp_path)
     finally:
         plt.close = close
-    assert [path.name for path in paths] == ["comparison.png", "confidence.png", "mask.png"]
+    assert [path.name for path in paths] == ["comparison.png"]
     assert all(path.stat().st_size > 5_000 for path in paths)
     assert {"SalUn", "UA  [%]", "MIA  [%]", "noise floor"} <= set(drawn["0"])
-    assert {"SalUn", "Retrain"} <= set(drawn["1"])
-    assert {"stem", "head"} <= set(drawn["2"])
 
 
 def _texts(figure: Any) -> list[str]:
@@ -275,13 +272,12 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     return figures
 
 
-def test_generators_have_no_confidence_to_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generators_are_plotted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figures = drawn(monkeypatch)
     table = Table("Retrain", metrics=["entropy", "UA"], gap=False)
     results = keyed([cell("Retrain", 1, (0, 0, 0, 0), 10), cell("ESD", 1, (7, 0, 0, 0), 5)])
     for result in results.values():
         result["metrics"]["entropy"] = 0.5
-        result["forget_confidence"] = []
     paths = plot(summarise(results, table), results, table, tmp_path)
     assert [path.name for path in paths] == ["comparison.png"]
     assert {"ESD", "entropy", "UA  [%]", "Retrain"} <= set(figures[0])
@@ -300,7 +296,7 @@ def test_a_single_column_is_plotted(tmp_path: Path, gap: bool) -> None:
 def test_part_of_the_rows_is_plotted(tmp_path: Path, rows: list[str]) -> None:
     results = {key: result for key, result in keyed(CASED).items() if key[0] in rows}
     paths = plot(summarise(results, TABLE), results, TABLE, tmp_path)
-    assert [path.name for path in paths] == ["comparison.png", "confidence.png"]
+    assert [path.name for path in paths] == ["comparison.png"]
 
 
 def test_three_retrained_models_make_the_noise_floor() -> None:
@@ -332,7 +328,6 @@ def test_the_cost_is_paired() -> None:
 
 def test_rows_that_failed_or_diverged_are_marked_and_plotted(results: Any, tmp_path: Path) -> None:
     results["SalUn", (1, "")] |= {"state": "diverged", "metrics": {"UA": 90.0, "RA": float("nan"), "TA": 1.0, "MIA": None}}
-    results["SalUn", (1, "")]["forget_confidence"] = [None, 0.5]
     failed = {"state": "failed", "error": "No memory", "metrics": {}, "command": "", "case": ""}
     results["SalUn", (2, "")] = {"row": "SalUn", "seed": 2, **failed}
     results["GA", (1, "")] = {"row": "GA", "seed": 1, **failed}
@@ -345,4 +340,4 @@ def test_rows_that_failed_or_diverged_are_marked_and_plotted(results: Any, tmp_p
     assert "| GA (1 of 1 failed) | - | - | - | - | - | - | - |" in text
     assert "Failed: SalUn, seed 2: No memory." in text
     paths = plot(summary, results, TABLE, tmp_path)
-    assert [path.name for path in paths] == ["comparison.png", "confidence.png"]
+    assert [path.name for path in paths] == ["comparison.png"]

@@ -2,9 +2,13 @@
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -14,8 +18,9 @@ from filelock import FileLock
 
 from salun_lightning import ImageClassifier
 from salun_lightning.cli import main
-from salun_lightning.comparison.schedule import CellsFailed
-from salun_lightning.files import read_json
+from salun_lightning.comparison.plan import Cell
+from salun_lightning.comparison.schedule import CellsFailed, Schedule
+from salun_lightning.files import read_json, write_json
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs" / "digits"
@@ -242,6 +247,76 @@ def test_a_cell_that_another_process_runs_is_left_for_later(
     compare(config, "--only=[Retrain, FT]")
     rows = [line.split("]")[1].split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("[")]
     assert rows == ["original", "original", "FT", "Retrain"]
+
+
+def test_a_cell_that_another_process_runs_to_the_end_is_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cell = Cell("SalUn", 1, "", tmp_path / "salun" / "seed-1", (), "key")
+    cell.folder.parent.mkdir()
+    other = FileLock(f"{cell.folder}.lock")
+    other.acquire()
+    told: list[tuple[Cell, str]] = []
+    waiting = Thread(target=Schedule([cell], 1, lambda cell, _, note: told.append((cell, note))).run)
+    waiting.start()
+    said, deadline = "", time.monotonic() + 30
+    while "\n" not in said and time.monotonic() < deadline:
+        said += capsys.readouterr().out
+        time.sleep(0.01)
+    assert said == "waiting for another process, which runs 'SalUn, seed 1'\n"
+    waiting.join(0.3)
+    assert waiting.is_alive()
+    assert not told
+    write_json(cell.folder / "result.json", {"key": "key"})
+    other.release()
+    waiting.join(30)
+    assert told == [(cell, "was there")]
+
+
+def test_lost_predictions_are_made_by_testing_again(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gone in one cell and damaged in another, which that one starts from."""
+    before = {cell["row"]: cell for cell in compare(config, "--only=SalUn")["cells"]}
+    original, salun = (config.parent / "out" / row / "seed-1" / "predictions.safetensors" for row in ("original", "salun"))
+    whole = {path: path.read_bytes() for path in (original, salun)}
+    truncate(original)
+    salun.unlink()
+    monkeypatch.setattr(ImageClassifier, "training_step", lambda *_: pytest.fail("it is trained again"))
+    with pytest.warns(UserWarning, match=r"predictions.safetensors' was set aside as .*, because it is damaged"):
+        after = {cell["row"]: cell for cell in compare(config, "--only=SalUn")["cells"]}
+    assert {path: path.read_bytes() for path in whole} == whole
+    for row, cell in before.items():
+        assert {name: after[row].get(name) for name in cell if name != "source"} == {
+            name: value for name, value in cell.items() if name != "source"
+        }
+
+
+def test_an_old_run_is_reported_again_without_its_checkpoints(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the figures have another definition by now."""
+    before = compare(config, "--only=Retrain")
+    for path in (config.parent / "out").rglob("checkpoints"):
+        shutil.rmtree(path)
+    (config.parent / "out" / "results.json").unlink()
+    monkeypatch.setattr("salun_lightning.evidence.measures.accuracy", lambda part: torch.tensor(0.25))
+    after = compare(config, "--only=Retrain")
+    assert after["summary"]["Retrain"]["RA"]["mean"] == 25
+    assert after["summary"]["Retrain"]["MIA"] == before["summary"]["Retrain"]["MIA"]
+
+
+def test_sigterm_at_the_end_of_a_test_is_heeded(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    end = ImageClassifier.on_test_epoch_end
+
+    def told_to_stop(self: ImageClassifier) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        end(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageClassifier, "on_test_epoch_end", told_to_stop)
+        with pytest.raises(SystemExit):
+            compare(config, "--only=[original, Retrain]")
+    assert not (config.parent / "out" / "retrain").exists()
+    capsys.readouterr()
+    compare(config, "--only=original")
+    assert capsys.readouterr().out.count("was there") == 1  # what was finished is kept
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,9 @@ from scipy.linalg import sqrtm
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from salun_lightning.metrics import Distribution, Recognition
+from salun_lightning.evidence.measures import recognition
+from salun_lightning.evidence.predictions import PredictedSet, Recorder
+from salun_lightning.metrics import Distribution
 from tests.metrics.test_manifold import brute_force
 from tests.small import free_port
 
@@ -43,10 +45,7 @@ def compare(real: Tensor, generated: Tensor, metric: Distribution | None = None)
 
 
 def recognise(logits: Tensor, targets: list[int], forgotten: int = 1, names: list[str] = NAMES) -> dict[str, float]:
-    metric, classes = Recognition(names), torch.tensor(targets)
-    for rows in torch.arange(len(targets)).split(3):
-        metric.update(logits[rows], classes[rows], classes[rows] != forgotten, rows)
-    return numbers(metric)
+    return recognition(PredictedSet(logits, torch.tensor(targets), torch.arange(len(targets))), [forgotten], names)
 
 
 def test_accuracies_and_entropy_worked_out_by_hand() -> None:
@@ -105,15 +104,6 @@ def test_answers_that_are_no_numbers_have_no_entropy() -> None:
     results = recognise(answers, [1, 1, 1, 1])
     assert np.isnan(results["entropy"])
     assert results["UA"] == 100
-
-
-def test_predictions_are_in_the_order_of_the_images() -> None:
-    metric, logits = Recognition(), torch.randn(4, 3)
-    for rows in ([3, 0], [2, 1]):
-        metric.update(logits[rows], torch.tensor(rows), torch.ones(2, dtype=torch.bool), 10 * torch.tensor(rows))
-    predicted = metric.predictions()
-    assert torch.equal(predicted["logits"], logits)
-    assert (predicted["targets"].tolist(), predicted["indices"].tolist()) == ([0, 1, 2, 3], [0, 10, 20, 30])
 
 
 def frechet(real: Tensor, generated: Tensor) -> float:
@@ -259,19 +249,19 @@ def shares(forgotten_alone: bool) -> list[dict[str, Any]]:
 def measured_of(parts: list[dict[str, Any]]) -> dict[str, float]:
     torch.manual_seed(3)
     judge = nn.Linear(16, 3)
-    recognition, distribution = Recognition(NAMES), Distribution()
+    recorder, distribution = Recorder(), Distribution()
     for part in parts:
         targets, features = part["targets"], part["generated"].flatten(1)
         retained = targets != 1
-        recognition.update(judge(features).detach(), targets, retained, part["indices"])
+        recorder.add({"set": "generated", "logits": judge(features), "target": targets, "index": part["indices"]})
         distribution.update(part["real"].flatten(1), torch.zeros(len(part["real"]), dtype=torch.int64), "real")
         distribution.update(features[retained], torch.zeros(int(retained.sum()), dtype=torch.int64), "generated")
-    predicted = recognition.predictions()
+    predicted = recorder.predictions().sets["generated"]
     return {
-        **numbers(recognition),
+        **recognition(predicted, [1], NAMES),
         **numbers(distribution),
-        "predicted": predicted["logits"].sum(1).tolist(),
-        "numbered": predicted["indices"].tolist(),
+        "predicted": predicted.logits.sum(1).tolist(),
+        "numbered": predicted.indices.tolist(),
     }
 
 

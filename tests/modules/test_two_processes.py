@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from salun_lightning.modules import ProbabilityWriter
-from tests.metrics.test_membership import confidences, measured
+from salun_lightning.callbacks.predictions import PredictionsWriter
+from salun_lightning.evidence.predictions import Predictions
+from tests.evidence.test_measures import confidences, said
 from tests.modules.small_runs import classifier, digits, train_original, trainer
+from tests.modules.two_processes import digest
 from tests.small import free_port
 
 
@@ -52,21 +55,22 @@ def test_metrics_are_those_of_one_process(folder: Path, found: list[dict[str, An
     assert mia == pytest.approx(expected_mia, abs=100.1 / 130)
 
 
-def test_membership_inference_of_unequal_shares(found: list[dict[str, Any]]) -> None:
-    assert found[0]["membership inference"] == found[1]["membership inference"] == measured(confidences())
+def test_what_unequal_shares_recorded_is_put_together(found: list[dict[str, Any]]) -> None:
+    whole = digest(Predictions({name: said(confidence) for name, confidence in confidences().items()}))
+    assert found[0]["recorded"] == found[1]["recorded"] == whole
 
 
-def test_each_process_writes_its_share_of_the_predictions(folder: Path) -> None:
-    trainer(folder, callbacks=[ProbabilityWriter()]).predict(classifier(original=folder / "original.ckpt"), datamodule=digits())
-
-    def samples(name: str) -> list[list[str]]:
-        header, *lines = (folder / name).read_text().splitlines()
-        assert header.startswith("set,index,target,p0")
-        return [line.split(",")[:3] for line in lines]
-
-    shares = [samples(f"predictions-{rank}.csv") for rank in (0, 1)]
-    assert all(len(share) > 800 for share in shares)
-    assert sorted(shares[0] + shares[1]) == sorted(samples("predictions.csv"))
+def test_predictions_are_those_of_one_process(folder: Path, tmp_path: Path) -> None:
+    runner = trainer(tmp_path, callbacks=[PredictionsWriter()])
+    runner.predict(classifier(original=folder / "original.ckpt"), datamodule=digits())
+    of_two, of_one = (Predictions.load(place / "predictions.safetensors") for place in (folder, tmp_path))
+    assert of_two.sets.keys() == of_one.sets.keys()
+    for name, part in of_two.sets.items():
+        assert len(part) == len(of_one.sets[name])
+        torch.testing.assert_close(part.logits, of_one.sets[name].of(part).logits, rtol=1e-3, atol=1e-4)
+    tables = [(place / "predictions.csv").read_text().splitlines() for place in (folder, tmp_path)]
+    assert tables[0][0].startswith("set,index,target,p0,")
+    assert [line.split(",")[:3] for line in tables[0]] == [line.split(",")[:3] for line in tables[1]]
 
 
 def test_training_shares_the_samples(found: list[dict[str, Any]]) -> None:

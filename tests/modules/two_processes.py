@@ -1,5 +1,6 @@
 """Two processes test, predict and train: each runs ``python -m tests.modules.two_processes <folder>``."""
 
+import hashlib
 import json
 import sys
 import warnings
@@ -8,28 +9,35 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
 
+from salun_lightning.callbacks.predictions import PredictionsWriter
 from salun_lightning.data import Samples
+from salun_lightning.evidence.predictions import Predictions, Recorder
 from salun_lightning.methods import RandomLabel
-from salun_lightning.metrics import MembershipInference
-from salun_lightning.modules import ProbabilityWriter
-from tests.metrics.test_membership import confidences, update
+from tests.evidence.test_measures import confidences, said
 from tests.modules.small_runs import classifier, digits, trainer
 
 
-def own_share(confidence: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Unequal shares, in no particular order."""
-    order = torch.randperm(len(confidence), generator=torch.Generator().manual_seed(1))
-    indices = order.split([len(order) // 4, len(order) - len(order) // 4])[rank]
-    return confidence[indices], indices
+def recorded(rank: int) -> str:
+    """A digest of what both processes recorded, of sets of which the first saw a quarter or nothing."""
+    recorder = Recorder()
+    for name, confidence in confidences().items():
+        order = torch.randperm(len(confidence), generator=torch.Generator().manual_seed(1))
+        first = 0 if name == "test" else len(order) // 4
+        part = order.split([first, len(order) - first])[rank]
+        if len(part):
+            own = said(confidence[part], part)
+            recorder.add({"set": name, "logits": own.logits, "target": own.targets, "index": own.indices})
+    return digest(recorder.predictions())
 
 
-def membership_inference(rank: int) -> float:
-    mia = MembershipInference()
-    for group, confidence in confidences().items():
-        update(mia, group, *own_share(confidence, rank))
-    return mia.compute().item()
+def digest(predictions: Predictions) -> str:
+    """The same for the same bits, whatever the order of the sets."""
+    content = hashlib.sha256()
+    for name, part in sorted(predictions.sets.items()):
+        for values in (part.logits, part.targets, part.indices):
+            content.update(name.encode() + values.numpy().tobytes())
+    return content.hexdigest()
 
 
 class Met(Callback):
@@ -55,12 +63,12 @@ def trained(folder: Path) -> dict[str, Any]:
 
 def main(folder: Path) -> None:
     """Test, predict and train the original model, and write what each process found."""
-    runner = trainer(folder, devices=2, strategy="ddp", callbacks=[ProbabilityWriter()])
+    runner = trainer(folder, devices=2, strategy="ddp", callbacks=[PredictionsWriter()])
     module, datamodule = classifier(original=folder / "original.ckpt"), digits(batch_size=50)
     results = runner.test(module, datamodule=datamodule, verbose=False)
     found = {
         "metrics": {name: value for result in results for name, value in result.items()},
-        "membership inference": membership_inference(runner.global_rank),
+        "recorded": recorded(runner.global_rank),
     }
     runner.predict(module, datamodule=datamodule, return_predictions=False)
     found["training"] = trained(folder)

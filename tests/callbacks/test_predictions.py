@@ -1,4 +1,4 @@
-"""What predict writes."""
+"""What test and predict write of a classifier."""
 
 import csv
 from pathlib import Path
@@ -10,8 +10,9 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from salun_lightning.callbacks.predictions import PredictionsWriter
 from salun_lightning.data import ForgetClasses
-from salun_lightning.modules import ProbabilityWriter
+from salun_lightning.evidence.predictions import Predictions
 from tests.modules.small_runs import classifier, digits, trainer
 
 
@@ -22,7 +23,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 
 def test_every_image_of_every_set_is_written_once(tmp_path: Path) -> None:
     module, datamodule = classifier(), digits(forget=ForgetClasses(["3"]))
-    trainer(tmp_path / "run", callbacks=[ProbabilityWriter()]).predict(module, datamodule=datamodule)
+    trainer(tmp_path / "run", callbacks=[PredictionsWriter()]).predict(module, datamodule=datamodule)
     rows = rows_of(tmp_path / "run" / "predictions.csv")
     assert list(rows[0]) == ["set", "index", "target", *(f"p{number}" for number in range(10))]
     train, test, _ = datamodule.load()
@@ -38,7 +39,7 @@ def test_every_image_of_every_set_is_written_once(tmp_path: Path) -> None:
             expected = module.network.eval()(source.images[positions].float() / 255).softmax(1)
         torch.testing.assert_close(probabilities, expected, rtol=1e-4, atol=1e-6)
     assert len(rows) == 1797
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["predictions.csv"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["predictions.csv", "predictions.safetensors"]
 
 
 class Other(LightningModule):
@@ -50,15 +51,16 @@ class Other(LightningModule):
 
 def test_other_predictions_are_left_alone(tmp_path: Path) -> None:
     loader: DataLoader[Any] = DataLoader(torch.arange(4))
-    predictions = trainer(tmp_path, callbacks=[ProbabilityWriter()]).predict(Other(), loader)
+    predictions = trainer(tmp_path, callbacks=[PredictionsWriter()]).predict(Other(), loader)
     assert torch.cat(predictions).tolist() == [0, 1, 2, 3]
     assert not list(tmp_path.iterdir())
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    runner, module, datamodule = trainer(tmp_path, callbacks=[ProbabilityWriter()]), classifier(), digits(batch_size=50)
+    runner, module, datamodule = trainer(tmp_path, callbacks=[PredictionsWriter()]), classifier(), digits(batch_size=50)
     runner.predict(module, datamodule=datamodule)
-    before = (tmp_path / "predictions.csv").read_bytes()
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert len(before) == 2
     predict, done = module.predict_step, []
 
     def fail(*arguments: Any) -> Any:
@@ -70,7 +72,37 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(module, "predict_step", fail)
     with pytest.raises(RuntimeError, match="the power failed"):
         runner.predict(module, datamodule=datamodule)
-    assert (tmp_path / "predictions.csv").read_bytes() == before
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     monkeypatch.undo()
     runner.predict(module, datamodule=datamodule)
-    assert (tmp_path / "predictions.csv").read_bytes() == before
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_test_writes_what_the_network_says_of_every_sample(tmp_path: Path) -> None:
+    module, datamodule = classifier(), digits(forget=ForgetClasses(["3"]), batch_size=50)
+    trainer(tmp_path, callbacks=[PredictionsWriter()]).test(module, datamodule=datamodule, verbose=False)
+    written = Predictions.load(tmp_path / "predictions.safetensors")
+    train, test, _ = datamodule.load()
+    assert written.sets.keys() == datamodule.test_dataloader().keys() == {"forget", "retain", "val", "test", "test_forget"}
+    assert torch.equal(written.sets["forget"].indices, datamodule.forget_indices)
+    for name, part in written.sets.items():
+        source = test if name.startswith("test") else train
+        with torch.no_grad():
+            expected = module.network.eval()(source.images[part.indices].float() / 255)
+        torch.testing.assert_close(part.logits, expected, rtol=1e-4, atol=1e-5)
+        assert torch.equal(part.targets, source.targets[part.indices])
+    assert [path.name for path in tmp_path.iterdir()] == ["predictions.safetensors"]
+
+
+def test_a_second_test_forgets_the_first(tmp_path: Path) -> None:
+    module, runner = classifier(), trainer(tmp_path, callbacks=[PredictionsWriter()])
+    runner.test(module, datamodule=digits(), verbose=False)
+    first = (tmp_path / "predictions.safetensors").read_bytes()
+    runner.test(module, datamodule=digits(), verbose=False)
+    assert (tmp_path / "predictions.safetensors").read_bytes() == first
+
+
+def test_a_trial_leaves_what_is_there(tmp_path: Path) -> None:
+    """It sees the first batches only."""
+    trainer(tmp_path, callbacks=[PredictionsWriter()], fast_dev_run=True).test(classifier(), datamodule=digits(), verbose=False)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,44 @@
+"""How far the figures of two models are from each other. Imports nothing that takes time."""
+
+import math
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+
+METRICS = ("UA", "RA", "TA", "MIA")
+"""The figures of classifiers (Fan et al., ICLR 2024), in percent."""
+
+
+def finite(metrics: Mapping[str, float | None]) -> dict[str, float]:
+    """The figures that are numbers; a model that diverged has others, which JSON writes as null.
+
+    Example:
+        >>> finite({"UA": 1.0, "FID": None, "KID": float("nan")})
+        {'UA': 1.0}
+    """
+    return {name: value for name, value in metrics.items() if value is not None and math.isfinite(value)}
+
+
+def gaps(
+    metrics: Mapping[str, float | None], reference: Mapping[str, float | None], names: Sequence[str] = METRICS
+) -> dict[str, float]:
+    """The figures of one model minus those of another, for UA, RA, TA and MIA in percentage points, where both are numbers.
+
+    Example:
+        >>> gaps({"UA": 1, "RA": 99}, {"UA": 3, "RA": 100})
+        {'UA': -2, 'RA': -1}
+    """
+    measured, wanted = finite(metrics), finite(reference)
+    return {name: measured[name] - wanted[name] for name in names if name in measured and name in wanted}
+
+
+def average_gap(
+    metrics: Mapping[str, float | None], reference: Mapping[str, float | None], names: Sequence[str] = METRICS
+) -> float | None:
+    """Mean absolute difference (Fan et al., ICLR 2024); None if a figure is missing.
+
+    Example:
+        >>> average_gap({"UA": 1, "RA": 100}, {"UA": 3, "RA": 100}, ["UA", "RA"])
+        1.0
+    """
+    found = gaps(metrics, reference, names)
+    return fmean(map(abs, found.values())) if len(found) == len(names) else None
