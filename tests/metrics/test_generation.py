@@ -67,10 +67,6 @@ def test_accuracies_and_entropy_worked_out_by_hand() -> None:
     )
 
 
-def test_conditions_without_names_are_called_by_number() -> None:
-    assert recognise(torch.eye(3), [0, 2, 2], names=[]) == {"acc": pytest.approx(200 / 3), "acc/0": 100, "acc/2": 50}
-
-
 def test_nothing_is_forgotten_whole() -> None:
     assert recognise(torch.tensor([[1.0, 0.0, 0.0]]), [0]) == {"acc": 100, "acc/cat": 100}
 
