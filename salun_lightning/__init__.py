@@ -35,6 +35,7 @@ _WHERE = {
     "SelectiveAmnesia": "methods",
     "SmallResNet": "networks",
     "TorchvisionClassifier": "networks",
+    "WrongLabels": "data",
     "export_state_dict": "networks.loading",
     "saliency_scores": "saliency",
 }

@@ -18,6 +18,7 @@ from salun_lightning.data.order import FixedOrder, Order, TrainingOrder, run_see
 from salun_lightning.data.samples import ImageRequests, ImageTensors, SampleBatches, Samples, Transform
 from salun_lightning.data.split import digest, validation_split
 from salun_lightning.data.targets import check_classes, targets_of
+from salun_lightning.data.wrong_labels import WrongLabels, relabelled
 
 
 class Sources(NamedTuple):
@@ -40,7 +41,7 @@ class ForgetRetainDataModule(LightningDataModule):
     forgotten, ``test_forget``: the test images of those classes, which ``test`` then leaves out.
 
     Args:
-        forget: What is to be forgotten.
+        forget: What is to be forgotten; by default the images that ``wrong_labels`` labels wrong.
         train: Map-style dataset of (image, class) pairs, longer tuples or dictionaries, or :class:`ImageTensors`.
         test: Likewise, for testing. Without it, ``test`` leaves out what needs a test set.
         targets: The classes of ``train`` and ``test``, where these hold none that can be read without their images: in
@@ -58,6 +59,7 @@ class ForgetRetainDataModule(LightningDataModule):
         generated_classes: Of which classes, by name or number; by default of all.
         input_key: Where a sample holds its image: a position in a tuple, or a key of a dictionary.
         target_key: Likewise, its class.
+        wrong_labels: Labels part of the training set wrong: for every model, the original one included.
 
     Raises:
         ValueError: The request cannot be met, or leaves nothing to forget or nothing to retain.
@@ -74,7 +76,7 @@ class ForgetRetainDataModule(LightningDataModule):
 
     def __init__(
         self,
-        forget: ForgetRequest,
+        forget: ForgetRequest | None = None,
         train: Dataset | None = None,  # type: ignore[type-arg]  # jsonargparse makes no objects of Dataset[Any]
         test: Dataset | None = None,  # type: ignore[type-arg]
         targets: tuple[Sequence[int], Sequence[int] | None] | None = None,
@@ -90,8 +92,11 @@ class ForgetRetainDataModule(LightningDataModule):
         generated_classes: list[int | str] | int | str | None = None,
         input_key: int | str = 0,
         target_key: int | str = 1,
+        wrong_labels: WrongLabels | None = None,
     ) -> None:
         super().__init__()
+        if forget is None and wrong_labels is None:
+            raise ValueError("It is not said what is to be forgotten. Give forget, or wrong_labels.")
         if not 0 <= val_fraction < 1:
             raise ValueError(f"val_fraction must be at least 0 and below 1, got {val_fraction}.")
         if batch_size < 1:
@@ -102,6 +107,7 @@ class ForgetRetainDataModule(LightningDataModule):
             if number < 0:
                 raise ValueError(f"{name} must not be negative, got {number}.")
         self.forget = forget
+        self.wrong_labels = wrong_labels
         self.given = Sources(train, test, class_names)
         self.targets = targets
         self.train_transform = train_transform
@@ -135,9 +141,16 @@ class ForgetRetainDataModule(LightningDataModule):
         named = range(int(self._train_targets.max()) + 1) if class_names is None else class_names
         self.class_names = [str(name) for name in named]
         check_classes(torch.cat([self._train_targets, test_targets]), len(self.class_names))
+        true = self._train_targets
+        val, trained = validation_split(true, len(self.class_names), self.val_fraction, self.split_seed)
+        if self.wrong_labels is not None:
+            self._train_targets = self.wrong_labels.labels(true, self.class_names, trained)
+            train = relabelled(train, true, self._train_targets, key)
         self._train = train
-        val, trained = validation_split(self._train_targets, len(self.class_names), self.val_fraction, self.split_seed)
-        self.forget_indices = self.forget.indices(self._train_targets, self.class_names, trained)
+        wrong = (self._train_targets != true).nonzero().flatten()
+        self.forget_indices = (
+            wrong if self.forget is None else self.forget.indices(self._train_targets, self.class_names, trained)
+        )
         self.retain_indices = trained[~torch.isin(trained, self.forget_indices)]
         for name, positions in (("forget", self.forget_indices), ("retain", self.retain_indices)):
             if not len(positions):
@@ -145,7 +158,7 @@ class ForgetRetainDataModule(LightningDataModule):
                     f"The {name} set is empty: the request selects {len(self.forget_indices)} of {len(trained)} training"
                     " images."
                 )
-        self.forgotten_classes = self.forget.classes(self.class_names)
+        self.forgotten_classes = [] if self.forget is None else self.forget.classes(self.class_names)
         gone = torch.isin(test_targets, torch.tensor(self.forgotten_classes))
         asked = self.generated_classes
         wanted = range(self.num_classes) if asked is None else ForgetClasses(asked).classes(self.class_names)
