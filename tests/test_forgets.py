@@ -7,7 +7,7 @@ import pytest
 import yaml
 from jsonargparse.typing import Path_fr
 
-from salun_lightning import ForgetClasses, ForgetRandom
+from salun_lightning import ForgetClasses, ForgetIndices
 from salun_lightning.cli import main
 from salun_lightning.comparison.plan import Plan, Row
 from salun_lightning.lightning_cli import UnlearningCLI
@@ -63,6 +63,7 @@ def shipped(name: str) -> dict[str, Any]:
 
 
 RATE = "model.optimizer.init_args.lr"
+COMPARISONS = ("compare", "compare_class", "compare_requests")
 
 
 @pytest.mark.parametrize("name", [*FORGETTING, "finetune"])
@@ -75,7 +76,7 @@ def test_the_rate_lies_within_the_grid_it_was_chosen_from(name: str) -> None:
 
 def test_the_pilot_tries_each_rate_on_both_requests(monkeypatch: pytest.MonkeyPatch) -> None:
     pilot = shipped("pilot")
-    assert not {*pilot["seeds"]} & {seed for name in ("compare", "compare_class") for seed in shipped(name)["seeds"]}
+    assert not {*pilot["seeds"]} & {seed for name in COMPARISONS for seed in shipped(name)["seeds"]}
     monkeypatch.chdir(DIGITS.parents[1])  # the file names others from the root of the repository
     rows = {name: Row(Path_fr(str(DIGITS / row["config"])), row.get("options", {})) for name, row in pilot["rows"].items()}
     rates = {name: row.options[RATE] for name, row in rows.items() if RATE in row.options}
@@ -83,7 +84,7 @@ def test_the_pilot_tries_each_rate_on_both_requests(monkeypatch: pytest.MonkeyPa
     assert {name.rpartition(" ")[0] for name in rates} >= {"FT", "GA", "RL", "SalUn", "NegGrad+"}
     plan = Plan(Path("out"), pilot["options"])
     plan.add({name: rows[name] for name in ("original", "SalUn 0.01", "SalUn forget first 0.01")}, [100], pilot["cases"])
-    for cell, request in zip(plan.cells[2:], [ForgetRandom, ForgetClasses] * 2, strict=True):
+    for cell, request in zip(plan.cells[2:], [ForgetIndices, ForgetClasses] * 2, strict=True):
         cli = UnlearningCLI(args=list(cell.arguments), run=False)
         assert isinstance(cli.datamodule.forget, request)
         assert cli.model.configure_optimizers().param_groups[0]["lr"] == 0.01

@@ -1,5 +1,6 @@
 """Training images that are labelled wrong, and are forgotten for it."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,8 +10,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from salun_lightning.data import DigitsDataModule, ForgetIndices, ForgetRetainDataModule, Samples, WrongLabels
+from salun_lightning.lightning_cli import UnlearningCLI
 from tests.small import Pairs, numbered_images, numbers
 
+DIGITS = Path(__file__).parents[2] / "configs" / "digits"
 NAMES = ["cat", "dog", "owl"]
 TRUE = torch.arange(60) % 3
 
@@ -123,9 +126,14 @@ def test_a_checkpoint_that_was_trained_on_other_labels_is_refused() -> None:
             other.check_training_set(state)
 
 
-def test_the_datamodule_of_a_data_set_takes_the_option() -> None:
-    datamodule = DigitsDataModule(wrong_labels=WrongLabels(0.1), val_fraction=0.1)
-    datamodule.setup()
+def test_the_shipped_request() -> None:
+    """It replaces the random tenth of data.yaml."""
+    words = [f"--config={DIGITS}/retrain.yaml", f"--data={DIGITS}/wrong_labels.yaml", "--data.wrong_labels.seed=5"]
+    datamodule = UnlearningCLI(words, run=False).datamodule
+    expected = DigitsDataModule(wrong_labels=WrongLabels(0.1, 5), val_fraction=0.1)
+    for module in (datamodule, expected):
+        module.setup()
+    assert datamodule.split == expected.split
     assert len(datamodule.forget_indices) == 130
 
 
