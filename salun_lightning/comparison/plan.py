@@ -44,6 +44,7 @@ class Cell:
         original: The cell that trains the original model this one starts from.
         trained: The cell whose model this one only tests.
         first: The cells that train what every cell may use, such as the classifier that judges images.
+        training: Of an original model: digest of its settings without the forget request, which it is trained regardless of.
     """
 
     row: str
@@ -55,6 +56,7 @@ class Cell:
     original: "Cell | None" = None
     trained: "Cell | None" = None
     first: "tuple[Cell, ...]" = ()
+    training: str = ""
 
     @property
     def needed(self) -> "list[Cell]":
@@ -137,14 +139,15 @@ class Plan:
     def add(self, rows: Mapping[str, Row], seeds: Sequence[int], cases: Mapping[str, dict[str, Any]]) -> None:
         """Plan rows x seeds x cases, those that train an original model first.
 
-        A row whose settings name an original model starts from that of its seed: from the cell of the row ``original``. That
-        one is trained in the first case and tested in all, because it is trained on everything.
+        A row whose settings name an original model starts from that of its seed and case: from the cell of the row
+        ``original``. That one is trained in the first of the cases that differ in nothing but what is to be forgotten, and
+        tested in all of them, because it is trained on everything.
 
         Raises:
             ValueError: ``fit`` does not accept the settings of a row; a row starts from an original model, and there is no row
                 called ``original``; or two cells would share a folder.
         """
-        originals: dict[int, Cell] = {}
+        originals: dict[tuple[int, str], Cell] = {}
         for name in sorted(rows, key=lambda name: name != "original"):
             for seed in seeds:
                 for name_of_case, own in (cases or {"": {}}).items():
@@ -152,7 +155,7 @@ class Plan:
                     folder = self.out / slug(name) / "-".join(["seed", str(seed), *([slug(case)] if case else [])])
                     self.cells.append(self._cell(name, seed, case, rows[name], {**self.options, **own}, folder, originals))
                     if name == "original":
-                        originals.setdefault(seed, self.cells[-1])
+                        originals[seed, case] = self.cells[-1].trained or self.cells[-1]
         self._check_folders(rows)
 
     def _check_folders(self, rows: Mapping[str, Row]) -> None:
@@ -173,7 +176,7 @@ class Plan:
         row: Row,
         options: dict[str, Any],
         folder: Path,
-        originals: Mapping[int, Cell] | None = None,
+        originals: Mapping[tuple[int, str], Cell] | None = None,
     ) -> Cell:
         words = ["--config", os.path.relpath(row.config.absolute), *_arguments({**options, **row.options}), *self.arguments]
         words = [_with_seed(word, seed) for word in words]
@@ -183,14 +186,16 @@ class Plan:
         except ValueError as error:
             raise ValueError(f"Row '{name}': {error}") from error
         original = trained = None
+        training = ""
         if originals is not None and name == "original":
-            trained = originals.get(seed)
+            training = self.reader.key({option: settings[option] for option in settings if not option.startswith(_REQUEST)}, [])
+            trained = next((cell for cell in originals.values() if (cell.seed, cell.training) == (seed, training)), None)
         elif originals is not None and settings.get(_ORIGINAL) is not None:
-            original = originals.get(seed)
+            original = originals.get((seed, case))
             if original is None:
                 raise ValueError(f"The row '{name}' starts from an original model, but there is no row 'original'.")
             settings[_ORIGINAL] = "<original>"
-        cell = Cell(name, seed, case, folder, (), "", original, trained, tuple(self.first))
+        cell = Cell(name, seed, case, folder, (), "", original, trained, tuple(self.first), training)
         arguments = [_with_models(word, {cell.row: str(cell.checkpoint) for cell in self.first}) for word in words]
         arguments += ["--trainer.default_root_dir", str(folder)]
         arguments += ["--model.original", str(original.checkpoint)] if original is not None else []
@@ -198,7 +203,7 @@ class Plan:
         return replace(cell, arguments=tuple(arguments), key=key)
 
 
-_ORIGINAL = "model.init_args.original"
+_ORIGINAL, _REQUEST = "model.init_args.original", "data.init_args.forget"
 
 
 def _arguments(options: Mapping[str, Any]) -> list[str]:

@@ -10,6 +10,7 @@ from salun_lightning.data.order import Order, epoch_seed, run_seed
 from salun_lightning.data.samples import ImageTensors, Samples, joined
 from salun_lightning.data.stl10 import STL10DataModule
 from salun_lightning.data.svhn import SVHNDataModule
+from salun_lightning.data.wrong_labels import WrongLabels
 
 __all__ = [
     "CIFAR10DataModule",
@@ -28,6 +29,7 @@ __all__ = [
     "SVHNDataModule",
     "Samples",
     "Sources",
+    "WrongLabels",
     "epoch_seed",
     "joined",
     "run_seed",

@@ -19,6 +19,7 @@ from salun_lightning.data.order import FixedOrder, Order, TrainingOrder, run_see
 from salun_lightning.data.samples import SampleBatches, Samples, Transform, loader_of
 from salun_lightning.data.split import check_made_with, check_training_set, digests, retained, validation_split
 from salun_lightning.data.targets import names_of, targets_of
+from salun_lightning.data.wrong_labels import WrongLabels, relabelled
 
 
 class Sources(NamedTuple):
@@ -41,7 +42,7 @@ class ForgetRetainDataModule(LightningDataModule):
     forgotten, ``test_forget``: the test images of those classes, which ``test`` then leaves out.
 
     Args:
-        forget: What is to be forgotten.
+        forget: What is to be forgotten; by default the images that ``wrong_labels`` labels wrong.
         train: Map-style dataset of (image, class) pairs, longer tuples or dictionaries, or :class:`ImageTensors`.
         test: Likewise, for testing. Without it, ``test`` leaves out what needs a test set.
         targets: The classes of ``train`` and ``test``, where these hold none that can be read without their images: in
@@ -56,6 +57,7 @@ class ForgetRetainDataModule(LightningDataModule):
         num_workers: Loader processes, for datasets that are not held in memory.
         input_key: Where a sample holds its image: a position in a tuple, or a key of a dictionary.
         target_key: Likewise, its class.
+        wrong_labels: Labels part of the training set wrong: for every model, the original one included.
 
     Raises:
         ValueError: The request cannot be met, or leaves nothing to forget or nothing to retain.
@@ -70,7 +72,7 @@ class ForgetRetainDataModule(LightningDataModule):
 
     def __init__(
         self,
-        forget: ForgetRequest,
+        forget: ForgetRequest | None = None,
         train: Dataset | None = None,  # type: ignore[type-arg]  # jsonargparse makes no objects of Dataset[Any]
         test: Dataset | None = None,  # type: ignore[type-arg]
         targets: tuple[Sequence[int], Sequence[int] | None] | None = None,
@@ -84,8 +86,11 @@ class ForgetRetainDataModule(LightningDataModule):
         num_workers: int = 0,
         input_key: int | str = 0,
         target_key: int | str = 1,
+        wrong_labels: WrongLabels | None = None,
     ) -> None:
         super().__init__()
+        if forget is None and wrong_labels is None:
+            raise ValueError("It is not said what is to be forgotten. Give forget, or wrong_labels.")
         if not 0 <= val_fraction < 1:
             raise ValueError(f"val_fraction must be at least 0 and below 1, got {val_fraction}.")
         if batch_size < 1:
@@ -95,6 +100,7 @@ class ForgetRetainDataModule(LightningDataModule):
         if num_workers < 0:
             raise ValueError(f"num_workers must not be negative, got {num_workers}.")
         self.forget = forget
+        self.wrong_labels = wrong_labels
         self.given = Sources(train, test, class_names)
         self.targets = targets
         self.train_transform = train_transform
@@ -124,11 +130,17 @@ class ForgetRetainDataModule(LightningDataModule):
         self._train_targets = targets_of(train, given[0], key)
         test_targets = torch.empty(0, dtype=torch.int64) if test is None else targets_of(test, given[1], key)
         self.class_names = names_of(class_names, self._train_targets, test_targets)
+        true = self._train_targets
+        val, trained = validation_split(true, len(self.class_names), self.val_fraction, self.split_seed)
+        if self.wrong_labels is not None:
+            self._train_targets = self.wrong_labels.labels(true, self.class_names, trained)
+            train = relabelled(train, true, self._train_targets, key)
         self._train = train
-        val, trained = validation_split(self._train_targets, len(self.class_names), self.val_fraction, self.split_seed)
-        self.forget_indices = self.forget.indices(self._train_targets, self.class_names, trained)
+        wrong = (self._train_targets != true).nonzero().flatten()
+        asked = self.forget
+        self.forget_indices = wrong if asked is None else asked.indices(self._train_targets, self.class_names, trained)
         self.retain_indices = retained(self.forget_indices, trained)
-        self.forgotten_classes = self.forget.classes(self.class_names)
+        self.forgotten_classes = [] if asked is None else asked.classes(self.class_names)
         gone = torch.isin(test_targets, torch.tensor(self.forgotten_classes))
         self._sets = {
             "forget": (train, self._train_targets, self.forget_indices),

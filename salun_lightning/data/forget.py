@@ -9,6 +9,7 @@ from typing import Any, TypeGuard
 
 import numpy as np
 import torch
+from jsonargparse.typing import Path_fr, register_type
 from torch import Tensor
 from typing_extensions import override
 
@@ -119,12 +120,21 @@ class ForgetRandom(ForgetRequest):
         return pool[torch.from_numpy(np.sort(drawn))]
 
 
+class BesideConfig(str):
+    """The absolute path of a file that a configuration names relative to itself."""
+
+
+# so that a saved configuration, which lies in another folder, means the same file
+register_type(BesideConfig, deserializer=lambda path: BesideConfig(Path_fr(path).absolute))
+
+
 class ForgetIndices(ForgetRequest):
     """Forget these training images, as a deletion request names them.
 
     Args:
         positions: Positions in the training data, counted from 0 and before a validation set is split off; or a mask, one
-            boolean for each image of the training data; or a text file with one position a line.
+            boolean for each image of the training data; or a text file with one position a line, where a line that begins with
+            ``#`` is a comment. A configuration may name the file relative to itself.
 
     Raises:
         ValueError: A position is not a whole number, or the file cannot be read.
@@ -134,7 +144,7 @@ class ForgetIndices(ForgetRequest):
         tensor([2, 5])
     """
 
-    def __init__(self, positions: list[Any] | str | Path) -> None:  # jsonargparse leaves list[Any] as it was written
+    def __init__(self, positions: list[Any] | BesideConfig | str | Path) -> None:  # list[Any] stays as it was written
         self.positions = positions if isinstance(positions, str | Path) else _whole_or_mask(positions)
 
     @override
@@ -187,7 +197,7 @@ def _read_positions(path: Path) -> list[int]:
         raise ValueError(f"'{path}' is not a text file with one position a line in UTF-8. Save it as such.") from error
     positions = []
     for number, line in enumerate(lines, start=1):
-        if line.strip():
+        if line.strip() and not line.lstrip().startswith("#"):
             if not re.fullmatch("[0-9]{1,100}", line.strip()):  # int() also reads signs, underscores and other scripts
                 raise ValueError(f"Line {number} of '{path}' is not a position: '{line.strip()[:100]}'.")
             positions.append(int(line))

@@ -103,6 +103,22 @@ def test_the_original_is_trained_once_for_each_seed() -> None:
         assert shlex.split(trained.command)[:3] == ["python", "train.py", "fit"]
 
 
+def test_another_training_set_has_an_original_of_its_own() -> None:
+    """What is forgotten does not change what the original model is trained on; wrong labels do."""
+    request = {"data.forget": "ForgetIndices", "data.forget.positions": [1, 2]}
+    cases = {**CASES, "some": request, "wrong": {"data.wrong_labels.fraction": 0.1}, "wrong three": {**CASES["three"]}}
+    cases["wrong three"] |= cases["wrong"]
+    cells = by_place(planned(seeds=[1], cases=cases))
+    right, wrong = cells["original", 1, "three"], cells["original", 1, "wrong"]
+    assert (right.trained, wrong.trained) == (None, None)
+    for case in cases:
+        trained = wrong if case.startswith("wrong") else right
+        assert cells["original", 1, case].trained in (None, trained)
+        assert cells["SalUn", 1, case].original is trained
+    assert cells["original", 1, "some"].trained is right
+    assert cells["original", 1, "wrong three"].trained is wrong
+
+
 def test_options_of_a_case_go_over_the_common_ones_and_those_of_a_row_over_both() -> None:
     plan = Plan(Path("out"), {"trainer.max_steps": 1, "seed_everything": "{seed}"})
     cases = {"x": {"trainer.max_steps": 2, "data.batch_size": 8}}

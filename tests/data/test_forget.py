@@ -148,6 +148,33 @@ def test_indices_from_a_file(tmp_path: Path, as_text: bool, start: bytes) -> Non
     assert ForgetIndices(str(path) if as_text else path).indices(TARGETS, NAMES, ALL).tolist() == [0, 2, 7]
 
 
+def test_comments_in_a_file_of_indices(tmp_path: Path) -> None:
+    (tmp_path / "forget.txt").write_text("# asked for in June, of 10 images\n7\n  # 3\n#\n0\n", encoding="utf-8")
+    assert ForgetIndices(tmp_path / "forget.txt").indices(TARGETS, NAMES, ALL).tolist() == [0, 7]
+
+
+def test_a_file_of_indices_beside_the_configuration_that_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "forget.txt").write_text("7\n0\n")
+    (tmp_path / "configs" / "request.yaml").write_text(
+        "forget: {class_path: ForgetIndices, init_args: {positions: forget.txt}}"
+    )
+    (tmp_path / "forget.txt").write_text("5\n")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--config", action="config")
+    parser.add_argument("--forget", type=ForgetRequest)
+    monkeypatch.chdir(tmp_path)
+    for words, expected in (
+        (["--config=configs/request.yaml"], [0, 7]),
+        (["--forget=ForgetIndices", "--forget.positions=forget.txt"], [5]),
+    ):
+        parsed = parser.parse_args(words)
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (tmp_path / "run" / "config.yaml").write_text(parser.dump(parsed))  # the saved configuration means the same file
+        for again in parsed, parser.parse_args(["--config=run/config.yaml"]):
+            assert parser.instantiate(again).forget.indices(TARGETS, NAMES, ALL).tolist() == expected
+
+
 @pytest.mark.parametrize(
     ("positions", "message"),
     [
@@ -230,6 +257,8 @@ def test_index_in_the_validation_set() -> None:
         (b"1\n" + b"9" * 5000, "Line 2 of '.*forget.txt' is not a position: '99"),
         (b"1\n" + b"9" * 30, f"Index {'9' * 30} is out of range"),
         (b"1 2\n", "Line 1 of '.*forget.txt' is not a position: '1 2'"),
+        (b"# of 10\n1 # the cat\n", "Line 2 of '.*forget.txt' is not a position: '1 # the cat'"),
+        (b"#" * 9 + b"\n// 3\n", "Line 2 of '.*forget.txt' is not a position: '// 3'"),
         (b"\xff\xfe\x00", "'.*forget.txt' is not a text file"),
         ("1\n2\n".encode("utf-16"), "'.*forget.txt' is not a text file .* UTF-8"),
         ("1\n2\n".encode("utf-16-le"), "Line 1 of '.*forget.txt' is not a position"),
