@@ -1,6 +1,11 @@
-"""What the README shows, run as it stands there."""
+"""What the README and the pages in docs/ show, run as it stands there."""
 
 import re
+import shlex
+import shutil
+import subprocess
+import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -8,44 +13,182 @@ import pytest
 import torch
 import yaml
 
+import salun_lightning.methods
 from salun_lightning import ForgetClasses, ForgetIndices, ForgetRandom, SaliencyMask
 from salun_lightning.cli import main
 from salun_lightning.comparison.command import compare
+from salun_lightning.lightning_cli import UnlearningCLI
+from salun_lightning.methods import Method
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md")))
+}
+TEXT = "\n".join(PAGES.values())
+QUICK = ["--trainer.max_epochs=1", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(language: str, pages: str = TEXT) -> list[str]:
+    """The code blocks of one language, those of the README first."""
+    return re.findall(rf"^```{language}\n(.*?)^```", pages, flags=re.DOTALL | re.MULTILINE)
+
+
+def block(language: str, mark: str) -> str:
+    """The one block that holds a mark."""
+    (found,) = (text for text in blocks(language) if mark in text)
+    return found
+
+
+def commands() -> list[list[str]]:
+    """The words of every ``train.py`` that a shell block shows, also of those that another command wraps."""
+    found = []
+    for text in blocks("sh"):
+        for line in text.replace("\\\n", " ").splitlines():
+            if "train.py" in line:
+                words = shlex.split(line, comments=True)
+                words = [part for word in words for part in (shlex.split(word) if "train.py " in word else [word])]
+                start = next(number for number, word in enumerate(words) if word.endswith("train.py"))
+                found.append(words[start + 1 :])
+    return found
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder a reader stands in: the configurations, and the files that the pages tell to write."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    (tmp_path / "my_module.py").write_text(block("python", "class Forgetful"))
+    (tmp_path / "photos.yaml").write_text(block("yaml", "root: photos"))
+    (tmp_path / "salun_lightning" / "methods").mkdir(parents=True)
+    _write(tmp_path, block("python", "class CappedAscent"))
+    _write(tmp_path, block("yaml", "CappedAscent"))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    here = str(tmp_path / "salun_lightning" / "methods")
+    monkeypatch.setattr(salun_lightning.methods, "__path__", [*salun_lightning.methods.__path__, here])
+    return tmp_path  # what is imported from here stays imported: the parser looks for every method that there is in its module
+
+
+def _write(folder: Path, text: str) -> None:
+    """A block whose first line is a comment with the name of its file."""
+    path = folder / text.splitlines()[0].removeprefix("# ")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def test_the_readme_is_short() -> None:
+    assert len(PAGES["README.md"].splitlines()) <= 130
+
+
+def test_every_link_leads_somewhere() -> None:
+    def anchors(text: str) -> set[str]:
+        headings = re.findall(
+            r"^#+ (.*)$", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE), flags=re.MULTILINE
+        )
+        return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+    links = [
+        (name, target)
+        for name, text in PAGES.items()
+        for target in re.findall(r"\]\(([^)\s]+)\)|^\[[^\]]+\]: (\S+)", text, flags=re.MULTILINE)
+        for target in target
+        if target and not target.startswith("https://")
+    ]
+    assert len(links) > 30
+    for name, target in links:
+        path, _, anchor = target.partition("#")
+        page = (ROOT / name).parent / path if path else ROOT / name
+        assert page.exists(), f"{name}: {target}"
+        assert not anchor or anchor in anchors(page.read_text(encoding="utf-8")), f"{name}: {target}"
+    linked = {
+        (ROOT / name).parent.joinpath(target.partition("#")[0]).resolve() for name, target in links if name == "README.md"
+    }
+    assert {path for path in (ROOT / "docs").glob("*.md") if path not in linked} == set()
+
+
+def test_every_file_that_is_named_exists() -> None:
+    named = set(re.findall(r"(?<![\w/])((?:configs|docs|tests|salun_lightning|\.ci|\.github)/[\w./-]*\w)(?![\w*{<])", TEXT))
+    assert len(named) > 40
+    shown = {text.splitlines()[0].removeprefix("# ") for language in ("python", "yaml") for text in blocks(language)}
+    assert [path for path in sorted(named - shown) if not (ROOT / path).exists()] == []
+
+
+def test_every_method_of_the_table_is_there() -> None:
+    rows = re.findall(r"^\| [^|]*`(\w+)`[^|]*\|.*\[file\]\((\S+)\) \|$", PAGES["README.md"], flags=re.MULTILINE)
+    assert len(rows) >= 7
+    for name, path in rows:
+        method = getattr(salun_lightning.methods, name)
+        assert issubclass(method, Method)
+        assert ROOT / path == Path(str(sys.modules[method.__module__].__file__))
 
 
 @pytest.mark.filterwarnings("ignore:.*`train_dataloader` yielded None")
 def test_reuse_in_another_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
-    code = next(block for block in blocks("python") if "SaliencyMasking" in block)
+    code = block("python", "SaliencyMasking")
     exec(compile(code, "README.md", "exec"), {})
     assert "SaliencyMask(33 of 66 weights in 2 tensors may move)\n0.0\n" in capsys.readouterr().out
     assert SaliencyMask.load("mask.safetensors").num_kept == 33
-    assert len(code.strip().splitlines()) <= 20
+    assert len([line for line in code.splitlines() if line]) <= 12
 
 
-def test_own_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "my_module.py").write_text(next(block for block in blocks("python") if "Forgetful" in block))
-    monkeypatch.syspath_prepend(str(tmp_path))
-    quick = ["--trainer.max_epochs=1", "--trainer.enable_progress_bar=false", f"--trainer.default_root_dir={tmp_path}"]
-    config = f"--config={ROOT}/configs/digits/random_label.yaml"
-    original = tmp_path / "original"
-    folder = f"--trainer.default_root_dir={original}"
-    main(["fit", f"--config={ROOT}/configs/digits/original.yaml", *quick, folder])
-    checkpoint = f"--model.original={original}/checkpoints/last.ckpt"
-    cli = main(["fit", config, "--model.method=my_module.Forgetful", checkpoint, *quick])
-    assert type(cli.model.method).__name__ == "Forgetful"
-    assert cli.datamodule.train_dataloader().sampler.order == "paired"
+def test_own_methods(folder: Path) -> None:
+    """In a file of the reader's own, and as the two files of a contribution, which is found by its name."""
+    quick = [*QUICK, "--trainer.limit_val_batches=0"]
+    main(["fit", "--config=configs/digits/original.yaml", *quick])
+    import_module("salun_lightning.methods.capped_ascent")
+    for name, mark in (("Forgetful", "my_module.Forgetful"), ("CappedAscent", "configs/method/capped_ascent.yaml")):
+        (words,) = (words for words in commands() if mark in words)
+        cli = main([*words, *quick, f"--trainer.default_root_dir={name}"])
+        assert type(cli.model.method).__name__ == name
+        assert cli.datamodule.train_dataloader().sampler.order == "paired"
+        assert (folder / name / "checkpoints" / "last.ckpt").is_file()
+    assert len(block("yaml", "CappedAscent").splitlines()) <= 8
+
+
+def test_the_contributed_method_passes_the_linter() -> None:
+    code = block("python", "class CappedAscent")
+    name = code.splitlines()[0].removeprefix("# ")
+    for command in (["check"], ["format", "--check"]):
+        ruff = [sys.executable, "-m", "ruff", *command, "--no-cache", "--stdin-filename", name, "-"]
+        found = subprocess.run(ruff, cwd=ROOT, input=code, capture_output=True, check=False, text=True)
+        assert found.returncode == 0, found.stdout
+
+
+def test_the_test_of_the_contributed_method(folder: Path) -> None:
+    import_module("salun_lightning.methods.capped_ascent")
+    names: dict[str, Any] = {}
+    exec(block("python", "def test_capped_ascent"), names)
+    names["test_capped_ascent_stops_at_its_cap"]()
+
+
+def test_plain_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    from torchvision.models import resnet18
+
+    trained = resnet18(num_classes=2).state_dict()
+    torch.save({"state_dict": {f"network.network.{name}": tensor for name, tensor in trained.items()}}, "last.ckpt")
+    names: dict[str, Any] = {}
+    exec(block("python", "export_state_dict"), names)
+    assert all(torch.equal(tensor, trained[name]) for name, tensor in names["network"].state_dict().items())
+
+
+def test_every_block_is_tried_by_a_test() -> None:
+    """The marks by which the tests here and in test_recipes.py find their blocks; a new block needs a new test."""
+    tried = {
+        "python": ("import SaliencyMasking", "def forget_loss", "export_state_dict", "class Forgetful", "CappedAscent"),
+        "yaml": ("root: photos", "photos.yaml", "forget: {", "CappedAscent"),
+        "sh": ("train.py", "pip install -e", "std_mean", "pytest", ".ci/run"),
+    }
+    languages = re.findall(r"^```(\w+)$", TEXT, flags=re.MULTILINE)
+    assert set(languages) == set(tried)
+    for language, marks in tried.items():
+        assert [text for text in blocks(language) if not any(mark in text for mark in marks)] == []
+        assert len(blocks(language)) == languages.count(language)
 
 
 def test_requests() -> None:
-    lines = [line for block in blocks("yaml") for line in block.splitlines() if line.startswith("forget:")]
+    lines = [line for text in blocks("yaml") for line in text.splitlines() if line.startswith("forget:")]
     made: list[Any] = []
     for line in lines:
         entry = yaml.safe_load(line)["forget"]
@@ -56,21 +199,53 @@ def test_requests() -> None:
     assert len(made[0].indices(torch.zeros(50, dtype=torch.int64), ["cat"], torch.arange(50))) == 5
 
 
-def test_every_file_and_option_that_is_named_exists() -> None:
-    for path in set(re.findall(r"(?:configs|docs)/[\w./]+\.\w+", README)):
-        assert (ROOT / path).is_file(), path
+class _Parsed(Exception):
+    """Raised in the place of making what a command asks for."""
+
+
+def _stop(cli: UnlearningCLI) -> None:
+    raise _Parsed(cli)
+
+
+def test_every_command_is_understood(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Lightning's commands are given is parsed to the end; of ``compare``, the names of options and rows."""
+    import_module("salun_lightning.methods.capped_ascent")
+    monkeypatch.setattr(UnlearningCLI, "instantiate_classes", _stop)
+    with pytest.raises(_Parsed) as stopped:
+        main(["fit", "--config=configs/digits/salun.yaml"])
+    cli = stopped.value.args[0]  # its parser serves all, which saves half a second each time
+    parsed = [words for words in commands() if words[0] in {"fit", "validate", "test", "predict"}]
+    assert len(parsed) >= 10
+    for words in parsed:
+        if "--model.help" in words:
+            with pytest.raises(SystemExit) as ended:
+                cli.parse_arguments(cli.parser, words)
+            assert ended.value.code == 0
+        else:
+            cli.parse_arguments(cli.parser, words)
+            assert cli.config[words[0]].model.class_path.startswith("salun_lightning.")
+    compared = [words for words in commands() if words[0] == "compare"]
+    assert len(compared) >= 6
+    assert len(parsed) + len(compared) == len(commands())
+    for words in compared:
+        named = {word.removeprefix("--").partition("=")[0] for word in words if word.startswith("--")}
+        assert "config" in named
+        assert named - {"config"} <= compare.__annotations__.keys()
+        rows = yaml.safe_load(Path(words[words.index("--config") + 1]).read_text())["rows"] if "photos" not in words[2] else {}
+        if "--only" in words:
+            only = words[words.index("--only") + 1]
+            assert only == "$row" or only.lower() in {row.lower() for row in rows}
+
+
+def test_the_loop_over_rows_names_them_all() -> None:
     comparison = yaml.safe_load((ROOT / "configs/cifar10/compare.yaml").read_text())
-    loop = re.search(r"for row in ([\w ]+);", README)
+    loop = re.search(r"for row in ([\w ]+);", TEXT)
     assert loop is not None
     assert set(loop[1].split()) == set(comparison["rows"]) - {"original"}
-    options = set(re.findall(r"compare --config \S+ (.*?)(?:'|\"|  #)", README))
-    named = {word for words in options for word in re.findall(r"--(\w+)", words)}
-    assert named == {"only", "seeds", "config"}
-    assert named - {"config"} <= compare.__annotations__.keys()
 
 
 def test_the_two_commands_install_and_run() -> None:
-    main_job, tests = (block.strip() for block in blocks("sh")[:2])
+    main_job, tests = (text.strip() for text in blocks("sh", PAGES["README.md"])[:2])
     install, job = main_job.rsplit(" && ", 1)
     assert install == "python3 -m venv .venv && .venv/bin/pip install -e ."
     assert job == ".venv/bin/python train.py compare --config configs/digits/compare.yaml"
