@@ -28,7 +28,7 @@ _KNOWN: list[tuple[str, str]] = [  # sentences of the parser, of torch and of Li
     (r"^the following arguments are required: (.*)", "Nothing is given for {0}. Name a configuration file with --config."),
     (r"^--(\S+): Expected a dot import path string: (.*)", "--{0}: there is no class called '{1}'."),
     (r"^Option '(.*)' is not accepted$", "The configuration holds '{0}', which this command does not know. " + _ADVICE),
-    (r'"config":\s+File does not exist: (.*)', "There is no configuration file {0}."),
+    (r'"config":\s+File does not exist: (.*)', "There is no configuration file {0}. See `{program} configs`."),
     (r'"config":\s+Path is not a file: (.*)', "{0} is a folder. Give a configuration file."),
     (r"Invalid option \"(.*)\" for --print_config", "--print_config takes comments, skip_default or skip_null, not '{0}'."),
     (

@@ -62,19 +62,19 @@ class SettingsReader:
     def key(self, settings: Settings, needed: Sequence[str]) -> str:
         """Digest of all that determines what a run comes to.
 
-        That is the version of this package, the settings, the keys of the runs whose models this one starts from, and every
-        file and folder that a setting names: what it holds in place of its name, so that neither a comment in a configuration
-        nor a folder that moved changes the key. A file of at most 1 MiB, such as a list of images to forget, counts by its
-        content; a larger one, such as a checkpoint or a mask, by size and time; a folder by the names, sizes and times of its
-        files. Not looked into are folders under ``trainer``, where loggers and checkpoints are written, and a ``root`` beside
-        ``download: true``, which torchvision fills and checks.
+        That is the version of this package without its last number, the settings, the keys of the runs whose models this one
+        starts from, and every file and folder that a setting names: what it holds in place of its name, so that neither a
+        comment in a configuration nor a folder that moved changes the key. A file of at most 1 MiB, such as a list of images to
+        forget, counts by its content; a larger one, such as a checkpoint or a mask, by size and time; a folder by the names,
+        sizes and times of its files. Not looked into are folders under ``trainer``, where loggers and checkpoints are written,
+        and a ``root`` beside ``download: true``, which torchvision fills and checks.
 
         Args:
             settings: From :meth:`read`.
             needed: The keys of the runs whose models this one starts from.
         """
         content = {name: self._content(name, value, settings) for name, value in sorted(settings.items())}
-        return _digest([salun_lightning.__version__, content, list(needed)])
+        return _digest([salun_lightning.__version__.rpartition(".")[0], content, list(needed)])
 
     def _content(self, name: str, value: Any, settings: Settings) -> Any:
         owner, _, option = name.rpartition(".")
