@@ -119,7 +119,7 @@ def command(words: Sequence[str]) -> None:
         parser.parse_args(list(words[1:]))
         print(listing())
         return
-    parser.add_function_arguments(init)
+    parser.add_function_arguments(init, as_positional=True)
     options = parser.parse_args(list(words[1:]))
     init(options.folder, options.images)
     compared = shlex.quote(str(options.folder / "photos_compare.yaml"))

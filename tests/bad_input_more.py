@@ -57,6 +57,7 @@ def write_files(folder: Path) -> None:
         "top.yaml": "modell: 1\n",
         "mask.yaml": "saliency: {ratio: .nan}\n",
         "row.yaml": "task: digits\nseeds: 1\nrows: {original: digits/original, SalUn: [method/saloon]}\n",
+        "option.yaml": "seeds: 1\nrows: {original: {config: digits, saliency: 0.5}}\n",
         "taken/photos.yaml": "",
     }
     (folder / "taken").mkdir()
@@ -281,12 +282,13 @@ CASES = [
     (
         "compare row",
         ["compare", "--config={files}/row.yaml"],
-        "There is no configuration 'method/saloon'. 'python train.py configs'",
+        "There is no configuration 'method/saloon'",
     ),
+    ("compare row option", ["compare", "--config={files}/option.yaml"], "saliency"),
     ("compare task", [*COMPARED, "--task=digit"], "There is no configuration 'digit'"),
     ("compare floor negative", [*COMPARED, "--noise_floor=-1"], "'noise_floor' is -1"),
     ("configs option", ["configs", "--all"], "--all"),
-    ("init where", ["init"], "folder"),
+    ("init where", ["init"], "Give a folder: `python train.py init FOLDER`"),
     ("init again", ["init", "{files}/taken"], "photos.yaml' is there already"),
     ("init no images", ["init", "{files}/new", "--images=nowhere"], "There is no folder 'nowhere/train'"),
 ]

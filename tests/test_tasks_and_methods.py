@@ -37,7 +37,7 @@ SMALLER = {  # of methods that are slow by themselves
 class Tiny:
     """Twenty colour images of ten classes, in the place of CIFAR-10 or STL-10."""
 
-    size = 32
+    size = 8
 
     def __init__(self, root: str, train: bool = True, split: str = "train", download: bool = False) -> None:
         generator = torch.Generator().manual_seed(int(train and split == "train"))
@@ -48,7 +48,7 @@ class Tiny:
 
 
 class TinySTL(Tiny):
-    size = 96
+    size = 16
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -65,14 +65,16 @@ def small(task: str, folder: Path) -> list[str]:
     content = yaml.safe_load(TEXTS[task])
     if content["data"]["class_path"] == "ImageFolderDataModule":
         options.append(f"--data.root={folder}/images")
+    if "image_size" in content["data"]["init_args"]:
+        options.append("--data.image_size=16")
     if draws(task):
         options.append("--model.sampling.steps=2")
     elif task != "digits":
         options.append(f"--model.network={json.dumps(NETWORK)}")
     network = content["model"]["init_args"]["network"]["init_args"]
     if "attention_head_dim" in network:
-        widths = [32] * len(network["block_out_channels"])
-        unet = {"block_out_channels": widths, "attention_head_dim": 32, "layers_per_block": 1}
+        widths = [8] * len(network["block_out_channels"])
+        unet = {"block_out_channels": widths, "attention_head_dim": 8, "norm_num_groups": 4, "layers_per_block": 1}
         options += [f"--model.network.init_args.{name}={value}" for name, value in unet.items()]
     return options
 

@@ -33,6 +33,8 @@ class ConfigFile(str):
     __slots__ = ()
 
     def __new__(cls, name: str) -> Self:
+        if not isinstance(name, str):  # a list or options, which the parser tries as a name first
+            raise TypeError("Expected a path or a name.")
         found = find(name)
         if found is None:
             raise ValueError(f"There is no configuration '{name}'. '{program()} configs' lists those that ship.")

@@ -13,6 +13,7 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 
 import salun_lightning
+from salun_lightning.configurations import located
 from salun_lightning.files import read_json, write_json
 from salun_lightning.sentences import sentence
 
@@ -114,7 +115,7 @@ class SettingsReader:
 def _parsed(arguments: Sequence[str]) -> tuple[Settings, list[str]]:
     """The settings, and the configuration files that were read for them."""
     try:
-        parsed = _parser().parse_args(list(arguments))
+        parsed = _parser().parse_args(located(arguments)[0])
     except Exception as error:  # whatever a class that is named raises
         raise ValueError(f"The arguments of 'fit' are not accepted: {sentence(error, ['fit', *arguments])}") from error
     files = {str(path.absolute) for path in parsed.pop("config") or []}
