@@ -8,7 +8,8 @@ import yaml
 
 from salun_lightning import ForgetClasses, ForgetRandom
 from salun_lightning.cli import main
-from salun_lightning.comparison.plan import ConfigFile, Plan, Row, all_rows
+from salun_lightning.comparison.plan import Plan
+from salun_lightning.comparison.rows import ConfigFile, Row, all_rows
 from salun_lightning.configurations import SHIPPED
 from salun_lightning.lightning_cli import UnlearningCLI
 

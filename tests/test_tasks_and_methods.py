@@ -14,7 +14,8 @@ from PIL import Image
 from salun_lightning import SaliencyMask
 from salun_lightning.cli import main
 from salun_lightning.comparison import settings
-from salun_lightning.comparison.plan import Plan, Row
+from salun_lightning.comparison.plan import Plan
+from salun_lightning.comparison.rows import Row
 from salun_lightning.configurations import SHIPPED
 from salun_lightning.lightning_cli import UnlearningCLI
 

@@ -10,9 +10,10 @@ from jsonargparse import ArgumentParser
 
 import salun_lightning
 from salun_lightning.cli import program
-from salun_lightning.comparison.plan import Cell, ConfigFile, Plan, Row, Source, all_rows, row_called, row_of
+from salun_lightning.comparison.plan import Cell, Plan
 from salun_lightning.comparison.plots import plot, plot_samples
 from salun_lightning.comparison.report import METRICS, Results, Table, average_gap, finite, markdown, summarise
+from salun_lightning.comparison.rows import ConfigFile, Row, Source, all_rows, row_called, row_of
 from salun_lightning.comparison.schedule import CellsFailed, Schedule
 from salun_lightning.configurations import located
 from salun_lightning.files import write_json, write_text

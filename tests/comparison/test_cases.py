@@ -15,7 +15,8 @@ import torch
 import yaml
 
 from salun_lightning.cli import main
-from salun_lightning.comparison.plan import Cell, ConfigFile, Plan, Row, all_rows
+from salun_lightning.comparison.plan import Cell, Plan
+from salun_lightning.comparison.rows import ConfigFile, Row, all_rows
 from salun_lightning.files import write_json
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -149,6 +150,11 @@ def test_every_retrained_model_has_a_seed_of_its_own(common: dict[str, Any]) -> 
         "original": "{seed}",
     }
     assert all(rows[name].files == rows["Retrain"].files == files("digits/retrain") for name in floor)
+
+
+def test_a_row_called_like_a_repetition_of_the_reference_is_refused() -> None:
+    with pytest.raises(ValueError, match="'noise_floor' makes a row called 'Retrain again'"):
+        all_rows({"Retrain": Row(), "Retrain again": Row()}, "Retrain", 1, {})
 
 
 def test_a_grid_is_a_row_for_each_combination() -> None:

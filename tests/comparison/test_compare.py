@@ -11,7 +11,8 @@ import yaml
 
 from salun_lightning import ImageClassifier
 from salun_lightning.cli import main
-from salun_lightning.comparison.plan import Cell, ConfigFile, Plan, Row
+from salun_lightning.comparison.plan import Cell, Plan
+from salun_lightning.comparison.rows import ConfigFile, Row
 
 ROWS = {
     "original": ["digits/original"],

@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from salun_lightning.comparison import settings
-from salun_lightning.comparison.plan import ConfigFile, Plan, Row
+from salun_lightning.comparison.plan import Plan
+from salun_lightning.comparison.rows import ConfigFile, Row
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 POSITIONS = "data.init_args.forget.init_args.positions"
