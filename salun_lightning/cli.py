@@ -1,7 +1,8 @@
-"""The command line: LightningCLI with one extra key, ``saliency:``, and the command ``compare``."""
+"""The command line: LightningCLI with one extra key, ``saliency:``, and the commands beside it."""
 
 import os
 import select
+import shlex
 import sys
 import traceback
 import warnings
@@ -18,11 +19,14 @@ commands:
   test       measure what a checkpoint still knows: UA, RA, TA, MIA; of a diffusion model UA, entropy, FID and the like
   predict    write what a checkpoint says: class probabilities; of a diffusion model images
   compare    run methods x seeds against a paired retrained model, and report
+  configs    list the configurations that ship: tasks, methods, comparisons
+  init       copy a task to start from, for images of your own
 
 first steps:
-  {program} compare --config configs/digits/compare.yaml
-  {program} compare --config configs/digits/diffusion.yaml
-  {program} fit --config configs/digits/original.yaml
+  {program} compare -c digits
+  {program} fit -c digits -c digits/original
+  {program} fit -c digits -c method/salun
+  {program} init my_photos --images FOLDER
 
 options of a command:  {program} <command> --help
 options of a class:    {program} fit --model.help ImageClassifier
@@ -36,7 +40,7 @@ def program() -> str:
         return "salun-lightning"
     if script == Path(__file__).with_name("__main__.py"):
         return "python -m salun_lightning"
-    return "python train.py"
+    return f"python {shlex.quote(str(script))}" if script.name == "train.py" else "python train.py"
 
 
 def main(args: list[str] | None = None) -> Any:
@@ -59,6 +63,10 @@ def main(args: list[str] | None = None) -> Any:
         from salun_lightning.comparison.command import compare_command
 
         return compare_command(words[1:])
+    if words[0] in {"configs", "init"}:
+        from salun_lightning import configurations
+
+        return configurations.command(words)
     from salun_lightning.lightning_cli import UnlearningCLI
 
     # images in memory are taken a batch at a time where they lie; worker processes could only be slower

@@ -20,6 +20,7 @@ import salun_lightning.modules
 import salun_lightning.networks  # noqa: F401  # classes of imported modules can be named without their module
 from salun_lightning.callbacks import ImageWriter, PredictionsWriter, SavePipeline
 from salun_lightning.cli import program
+from salun_lightning.configurations import located, run_folder
 from salun_lightning.methods import load_offered
 from salun_lightning.methods.finetune import FineTune
 from salun_lightning.modules.base import UnlearningModule
@@ -68,9 +69,9 @@ class RefuseAccidents(Callback):
 class UnlearningCLI(LightningCLI):
     """LightningCLI, any LightningModule and any LightningDataModule, and ``saliency:``.
 
-    ``trainer.default_root_dir`` is the run folder: the configuration, the metrics (``metrics.csv``, unless another logger is
-    given) and the last checkpoint (``checkpoints/last.ckpt``, each epoch) lie in it, and of a diffusion model also the pipeline
-    directory (``pipeline``).
+    ``trainer.default_root_dir`` is the run folder, by default ``runs/`` and the names of the configurations: the whole
+    configuration, the metrics (``metrics.csv``, unless another logger is given) and the last checkpoint
+    (``checkpoints/last.ckpt``, each epoch) lie in it, and of a diffusion model also the pipeline directory (``pipeline``).
 
     Args:
         args: Command-line arguments; by default those of this process.
@@ -80,6 +81,8 @@ class UnlearningCLI(LightningCLI):
     def __init__(self, args: ArgsType = None, **kwargs: Any) -> None:
         load_offered()
         self._words = args if isinstance(args, list) else sys.argv[1:]
+        if isinstance(args, list):
+            args, _ = located(args)
         super().__init__(
             LightningModule,
             LightningDataModule,
@@ -103,6 +106,9 @@ class UnlearningCLI(LightningCLI):
             super().parse_arguments(parser, args)
         finally:
             sys.argv = called  # processes of the ddp strategy are started with it
+        options = self.config.get(self.config.get("subcommand"), self.config)
+        if options.trainer.default_root_dir is None and options.config:  # here, so that it is saved with the rest
+            options.trainer.default_root_dir = str(run_folder(options.config))
 
     @override
     def _parse_ckpt_path(self) -> None:

@@ -25,10 +25,11 @@ _KNOWN: list[tuple[str, str]] = [  # sentences of the parser, of torch and of Li
     (r"unrecognized arguments: (.*)", "There is no option {0}. " + _ADVICE),
     (r"argument subcommand: invalid choice: '(.*?)'", "There is no command '{0}'. See `{program} --help`."),
     (r"argument (?:-c/)?--(\S+): expected one argument", "--{0} needs a value."),
+    (r"^the following arguments are required: folder$", "It is not said where to. Give a folder: `{command} FOLDER`."),
     (r"^the following arguments are required: (.*)", "Nothing is given for {0}. Name a configuration file with --config."),
     (r"^--(\S+): Expected a dot import path string: (.*)", "--{0}: there is no class called '{1}'."),
     (r"^Option '(.*)' is not accepted$", "The configuration holds '{0}', which this command does not know. " + _ADVICE),
-    (r'"config":\s+File does not exist: (.*)', "There is no configuration file {0}."),
+    (r'"config":\s+File does not exist: (.*)', "There is no configuration file {0}. See `{program} configs`."),
     (r'"config":\s+Path is not a file: (.*)', "{0} is a folder. Give a configuration file."),
     (r"Invalid option \"(.*)\" for --print_config", "--print_config takes comments, skip_default or skip_null, not '{0}'."),
     (
@@ -100,7 +101,10 @@ def _unframed(text: str, command: str) -> str:
     option = ".".join(re.findall(r'Parser key "(.*?)"', text))
     values = re.findall(r"(?:Given value:|Got value:) (.*)", text)
     value = _bare(values[0]) if values else ""
-    lines = [re.sub(r"^Type typing.Callable.*?expects a function or a callable class: |\. Got value: .*", "", x) for x in lines]
+    lines = [
+        re.sub(r"^Type typing.Callable.*?expects a function or a callable class: |^Not of type \w+: |\. Got value: .*", "", x)
+        for x in lines
+    ]
     reasons = [line for line in lines if line and not line.startswith(_FRAME)]
     others = [line for line in reasons if not line.startswith("Expected a ")]
     classes = re.findall(r"Problem with given class_path '(.*?)'", text)

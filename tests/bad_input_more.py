@@ -8,8 +8,11 @@ from safetensors.torch import save_file
 
 from salun_lightning import SmallResNet
 
-SALUN, COMPARE = "--config=configs/digits/salun.yaml", "--config=configs/digits/compare.yaml"
-ORIGINAL = "--config=configs/digits/original.yaml"
+SALUN, ORIGINAL, COMPARE = "--config=SALUN", "--config=ORIGINAL", "--config=digits"
+SHORT = {  # what they stand for
+    SALUN: ["--config=configs/digits.yaml", "--config=configs/method/salun.yaml"],
+    ORIGINAL: ["--config=configs/digits.yaml", "--config=configs/digits/original.yaml"],
+}
 INDICES = "--data.forget=ForgetIndices"
 IMAGES = ["fit", ORIGINAL, "--data=ImageFolderDataModule", "--data.image_size=8"]
 MASK = ["fit", SALUN, "--saliency.ratio=null", "--model.original={files}/original.pt"]
@@ -53,7 +56,11 @@ def write_files(folder: Path) -> None:
         "trainer.yaml": "trainer: {max_epoch: 3}\n",
         "top.yaml": "modell: 1\n",
         "mask.yaml": "saliency: {ratio: .nan}\n",
+        "row.yaml": "task: digits\nseeds: 1\nrows: {original: digits/original, SalUn: [method/saloon]}\n",
+        "option.yaml": "seeds: 1\nrows: {original: {config: digits, saliency: 0.5}}\n",
+        "taken/photos.yaml": "",
     }
+    (folder / "taken").mkdir()
     for name, text in texts.items():
         (folder / name).write_text(text)
     (folder / "binary.yaml").write_bytes(b"\xff\xfe\x00\x01")
@@ -199,7 +206,7 @@ CASES = [
     ("original no weights", fit("--model.original={files}/no_weights.ckpt"), "The checkpoint holds no weights"),
     ("original folder", fit("--model.original={files}/empty"), "not a pipeline directory"),
     ("original safetensors", fit("--model.original={files}/junk.safetensors"), "junk.safetensors' cannot be read"),
-    ("original config", fit("--model.original=configs/digits/data.yaml"), "cannot be read"),
+    ("original config", fit("--model.original=configs/digits.yaml"), "cannot be read"),
     ("mask missing", [*MASK, "--saliency.mask=nowhere.safetensors"], "There is no saliency mask at 'nowhere.safetensors'"),
     ("mask junk", [*MASK, "--saliency.mask={files}/junk.safetensors"], "cannot be read as a saliency mask"),
     ("mask evil", [*MASK, "--saliency.mask={files}/evil.pt"], "nothing was executed"),
@@ -270,4 +277,16 @@ CASES = [
     ("compare no file", ["compare", "--config=nowhere.yaml"], "There is no configuration file"),
     ("compare empty", ["compare", "--config={files}/empty.yaml"], "empty.yaml' holds no options"),
     ("compare rows", [*COMPARED, "--rows=3"], "rows"),
+    (
+        "compare row",
+        ["compare", "--config={files}/row.yaml"],
+        "There is no configuration 'method/saloon'",
+    ),
+    ("compare row option", ["compare", "--config={files}/option.yaml"], "saliency"),
+    ("compare task", [*COMPARED, "--task=digit"], "There is no configuration 'digit'"),
+    ("compare floor negative", [*COMPARED, "--noise_floor=-1"], "'noise_floor' is -1"),
+    ("configs option", ["configs", "--all"], "--all"),
+    ("init where", ["init"], "Give a folder: `python train.py init FOLDER`"),
+    ("init again", ["init", "{files}/taken"], "photos.yaml' is there already"),
+    ("init no images", ["init", "{files}/new", "--images=nowhere"], "There is no folder 'nowhere/train'"),
 ]

@@ -9,7 +9,7 @@ import pytest
 import salun_lightning.lightning_cli  # noqa: F401  # Lightning's logger keeps the stderr of its first import
 from salun_lightning.cli import console
 from tests.bad_input_more import CASES as MORE
-from tests.bad_input_more import COMPARE, ORIGINAL, SALUN, write_files
+from tests.bad_input_more import COMPARE, ORIGINAL, SALUN, SHORT, write_files
 
 ROOT = Path(__file__).parents[1]
 FILES = {"empty.yaml": "", "list.yaml": "- 1\n", "syntax.yaml": "a: 1\nb: [1,\nc: }", "junk.ckpt": "junk"}
@@ -80,7 +80,7 @@ CASES = [
     ("channels", ["fit", ORIGINAL, "--model.network.in_channels=3"], "The network takes images of 3 channels"),
     ("row", ["compare", COMPARE, "--only=foo"], "There is no row 'foo'"),
     ("seeds", ["compare", COMPARE, "--seeds=abc"], "--seeds takes a whole number or a list, not 'abc'"),
-    ("compare needs", ["compare"], "Nothing is given for rows, out, seeds, options"),
+    ("compare needs", ["compare"], "Nothing is given for rows, out, seeds"),
     ("compare of fit", ["compare", SALUN], "which this command does not know"),
 ]
 
@@ -103,10 +103,10 @@ def run(
     monkeypatch.setattr(sys, "path", list(sys.path))
 
     def run(arguments: list[str]) -> tuple[int, str]:
-        words = [word.replace("{files}", str(files)) for word in arguments]
-        if words[0] in {"fit", "test"} and len(words) > 1 and words[1].startswith("--config=configs/digits/"):
-            words[2:2] = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
-            words[2:2] = [f"--trainer.default_root_dir={tmp_path}/run", "--trainer.max_epochs=1"]
+        words = [part.replace("{files}", str(files)) for word in arguments for part in SHORT.get(word, [word])]
+        if arguments[0] in {"fit", "test"} and SHORT.keys() & set(arguments[1:2]):
+            words[3:3] = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
+            words[3:3] = [f"--trainer.default_root_dir={tmp_path}/run", "--trainer.max_epochs=1"]
         return console(words), capsys.readouterr().err
 
     return run

@@ -1,135 +1,33 @@
-"""The commands, as a user gives them. Every file in configs/ is run."""
+"""The commands, as a user gives them."""
 
-import json
 import subprocess
 import sys
 from argparse import ArgumentError
 from pathlib import Path
 
 import pytest
-import torch
-import yaml
-from torchvision.datasets import CIFAR10
 
 from salun_lightning import SaliencyMask
 from salun_lightning.cli import main
-from salun_lightning.lightning_cli import UnlearningCLI
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = ROOT / "configs"
+ORIGINAL, SALUN = (["--config=digits", f"--config={name}"] for name in ("digits/original", "method/salun"))
 QUICK = ["--trainer.max_epochs=1", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
-CONTENT = {
-    path.relative_to(CONFIGS): yaml.safe_load(path.read_text())
-    for path in sorted(CONFIGS.rglob("*.yaml"))
-    if not {"diffusion", "stl10"} & set(path.relative_to(CONFIGS).parts) and not path.stem.startswith(("diffusion", "pilot"))
-}  # the others are in test_cli_diffusion.py and test_forgets.py
-FIT_CONFIGS = [path for path, content in CONTENT.items() if {"model", "trainer"} <= content.keys()]
-COMPARE_CONFIGS = [path for path, content in CONTENT.items() if "rows" in content]
-PARTS = [path for path, content in CONTENT.items() if content.keys() == {"class_path", "init_args"}]
 
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An original model of the digits, trained for one epoch."""
     folder = tmp_path_factory.mktemp("original")
-    main(["fit", f"--config={CONFIGS}/digits/original.yaml", f"--trainer.default_root_dir={folder}", *QUICK])
+    main(["fit", *ORIGINAL, f"--trainer.default_root_dir={folder}", *QUICK])
     return folder / "checkpoints" / "last.ckpt"
 
 
-@pytest.fixture
-def tiny_cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Forty training and twenty test images in place of CIFAR-10, in memory and in folders."""
-
-    class Tiny(CIFAR10):
-        def __init__(self, root: str, train: bool = True, download: bool = False) -> None:
-            generator = torch.Generator().manual_seed(int(train))
-            count = 40 if train else 20
-            self.data = torch.randint(0, 256, (count, 32, 32, 3), generator=generator, dtype=torch.uint8).numpy()
-            self.targets = [i % 10 for i in range(count)]
-            self.classes = [f"class{i}" for i in range(10)]
-
-    monkeypatch.setattr("salun_lightning.data.cifar.CIFAR10DataModule.dataset", Tiny)
-    from PIL import Image
-
-    for split in ("train", "test"):
-        data = Tiny("", train=split == "train")
-        for i, (pixels, target) in enumerate(zip(data.data, data.targets, strict=True)):
-            path = tmp_path / "data" / "cifar10" / split / f"class{target}" / f"{i}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels).save(path)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def options_for(config: Path, original: Path) -> list[str]:
-    """What makes the run of a configuration small."""
-    options = [*QUICK]
-    if "original:" in (CONFIGS / config).read_text():
-        options.append(f"--model.original={original}")
-    return options
-
-
-def test_every_configuration_belongs_to_a_kind() -> None:
-    assert CONTENT.keys() == {*FIT_CONFIGS, *COMPARE_CONFIGS, *PARTS}
-
-
-@pytest.mark.parametrize("config", [c for c in FIT_CONFIGS if c.parts[0] == "digits"], ids=str)
-def test_digits_configurations_fit(config: Path, original: Path, tmp_path: Path) -> None:
-    cli = main(
-        ["fit", f"--config={CONFIGS / config}", f"--trainer.default_root_dir={tmp_path}", *options_for(config, original)]
-    )
-    assert cli.trainer.current_epoch == 1
-    saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
-    assert all(name.startswith("network.") for name in saved["state_dict"])
-    assert ("SaliencyMasking" in saved["callbacks"]) == ("saliency:" in (CONFIGS / config).read_text())
-
-
-@pytest.mark.parametrize("config", [c for c in FIT_CONFIGS if c.parts[0] == "cifar10"], ids=str)
-def test_cifar_configurations_fit(config: Path, tiny_cifar: Path) -> None:
-    network = f"--model.network={CONFIGS}/cifar10/small_network.yaml"
-    size = ["--data.batch_size=8", network, f"--trainer.default_root_dir={tiny_cifar}/run"]
-    if "original:" in (CONFIGS / config).read_text():
-        folder = f"--trainer.default_root_dir={tiny_cifar}/original"
-        main(["fit", f"--config={CONFIGS}/cifar10/original.yaml", *QUICK, *size, folder])
-    cli = main(
-        ["fit", f"--config={CONFIGS / config}", *options_for(config, tiny_cifar / "original/checkpoints/last.ckpt"), *size]
-    )
-    assert cli.trainer.current_epoch == 1
-
-
-@pytest.mark.parametrize("config", COMPARE_CONFIGS, ids=str)
-def test_comparisons_run(config: Path, tiny_cifar: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    small = ["--trainer.max_epochs=1"]
-    if config.parts[0] == "cifar10":
-        small += ["--data.batch_size=8", f"--model.network={CONFIGS}/cifar10/small_network.yaml"]
-    # the configuration names other files from the root of the repository, as its users are there
-    monkeypatch.chdir(ROOT)
-    if "folder.yaml" in (CONFIGS / config).read_text():
-        small.append(f"--data.root={tiny_cifar}/data/cifar10")
-    content = CONTENT[config]
-    last = dict(list(content.get("cases", {}).items())[-1:])
-    folder = [f"--cases={json.dumps(last)}"] if last else []
-    folder += [f"--out={tiny_cifar}/out", "--seeds=1"]
-    report = main(["compare", f"--config={CONFIGS / config}", *folder, "--", *small])
-    assert [cell["row"] for cell in report["cells"]] == list(content["rows"])
-    masked = [cell for cell in report["cells"] if cell["row"] == "SalUn"]
-    assert [cell["mask"]["drift"] for cell in masked] == [0]
-
-
-def test_paper_network_and_recipe(tiny_cifar: Path) -> None:
-    cli = UnlearningCLI([f"--config={CONFIGS}/cifar10/salun.yaml", "--trainer.precision=32-true"], run=False)
-    assert sum(weight.numel() for weight in cli.model.parameters()) == 11_173_962
-    assert cli.trainer.max_epochs == 10
-    optimizer = cli.model.make_optimizer(cli.model.parameters())
-    assert (optimizer.defaults["lr"], optimizer.defaults["momentum"], optimizer.defaults["weight_decay"]) == (0.013, 0.9, 5e-4)
-    assert cli.config_init["saliency"].ratio == 0.5
-
-
-@pytest.mark.parametrize("data", ["data.yaml", "one_class.yaml"])
-def test_test_and_predict(data: str, original: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("request_of", ["random_tenth", "one_class"])
+def test_test_and_predict(request_of: str, original: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     common = [
-        f"--config={CONFIGS}/digits/original.yaml",
-        f"--data={CONFIGS}/digits/{data}",
+        *ORIGINAL,
+        f"--config=digits/{request_of}",
         f"--ckpt_path={original}",
         f"--trainer.default_root_dir={tmp_path}",
         "--trainer.enable_progress_bar=false",
@@ -167,7 +65,7 @@ def test_overrides_and_several_configurations(original: Path, tmp_path: Path) ->
     cli = main(
         [
             "fit",
-            f"--config={CONFIGS}/digits/random_label.yaml",
+            *["--config=digits", "--config=method/random_label"],
             f"--config={second}",
             "--saliency.ratio=0.3",
             "--model.method=GradientAscent",
@@ -188,7 +86,7 @@ def test_overrides_and_several_configurations(original: Path, tmp_path: Path) ->
 
 
 def test_print_config_round_trip(original: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["fit", f"--config={CONFIGS}/digits/salun.yaml", f"--model.original={original}", "--saliency.ratio=0.25"]
+    arguments = ["fit", *SALUN, f"--model.original={original}", "--saliency.ratio=0.25"]
     with pytest.raises(SystemExit):
         main([*arguments, "--print_config"])
     printed = tmp_path / "printed.yaml"
@@ -207,7 +105,7 @@ def test_print_config_round_trip(original: Path, tmp_path: Path, capsys: pytest.
 )
 def test_bad_options_are_named(arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises((ArgumentError, ValueError)) as stop:
-        main(["fit", f"--config={CONFIGS}/digits/salun.yaml", *arguments])
+        main(["fit", *SALUN, *arguments])
     assert sentence in capsys.readouterr().err + str(stop.value)
 
 
@@ -224,7 +122,7 @@ def test_bad_options_are_named(arguments: list[str], sentence: str, capsys: pyte
     ],
 )
 def test_bad_input_gets_one_sentence(arguments: list[str], sentence: str, original: Path, tmp_path: Path) -> None:
-    command = ["fit", f"--config={CONFIGS}/digits/salun.yaml", f"--model.original={original}", *QUICK]
+    command = ["fit", *SALUN, f"--model.original={original}", *QUICK]
     with pytest.raises((ValueError, FileNotFoundError)) as error:
         main([*command, f"--trainer.default_root_dir={tmp_path}", *arguments])
     assert sentence in str(error.value)
@@ -232,7 +130,7 @@ def test_bad_input_gets_one_sentence(arguments: list[str], sentence: str, origin
 
 def test_two_processes_from_the_command_line(original: Path, tmp_path: Path) -> None:
     """The README's multi-process line, and the same mask as one process computes."""
-    common = [f"--config={CONFIGS}/digits/salun.yaml", f"--model.original={original}", *QUICK]
+    common = [*SALUN, f"--model.original={original}", *QUICK]
     main(["fit", *common, f"--trainer.default_root_dir={tmp_path}/one"])
     devices = ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp"]
     command = [sys.executable, "train.py", "fit", *common, *devices, f"--trainer.default_root_dir={tmp_path}/two"]
@@ -248,7 +146,7 @@ def test_help_is_quick_and_complete() -> None:
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "train.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    for command in ("fit", "validate", "test", "predict", "compare"):
+    for command in ("fit", "validate", "test", "predict", "compare", "configs", "init"):
         assert f"  {command} " in done.stdout
     assert "torch" not in done.stderr
     assert "lightning.pytorch" not in done.stderr

@@ -38,8 +38,8 @@ main(sys.argv[1:])
 
 
 def fit(folder: Path, epochs: int) -> list[str]:
-    config = "--config=configs/digits/original.yaml"
-    return ["fit", config, *QUIET, f"--trainer.default_root_dir={folder}", f"--trainer.max_epochs={epochs}"]
+    configs = ["--config=digits", "--config=digits/original"]
+    return ["fit", *configs, *QUIET, f"--trainer.default_root_dir={folder}", f"--trainer.max_epochs={epochs}"]
 
 
 def start(*words: str, **environment: str) -> subprocess.Popen[str]:
@@ -140,11 +140,11 @@ def test_modules_of_the_working_directory_are_found(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", str(ROOT))])
     monkeypatch.syspath_prepend(str(ROOT))
-    config = f"--config={ROOT}/configs/digits/original.yaml"
-    status = console(["fit", config, "--model.method=module_beside.Mine", "--trainer.max_epochs=abc"])
+    config = ["--config=digits", "--config=digits/original"]
+    status = console(["fit", *config, "--model.method=module_beside.Mine", "--trainer.max_epochs=abc"])
     said = capsys.readouterr().err.splitlines()[-1]
     assert status == 2
     assert "--trainer.max_epochs takes a whole number" in said  # the method was found: else that would be said first
-    status = console(["fit", config, "--model.method=module_missing.Mine"])
+    status = console(["fit", *config, "--model.method=module_missing.Mine"])
     assert "there is no module 'module_missing'" in capsys.readouterr().err.splitlines()[-1]
     assert status == 2

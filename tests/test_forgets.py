@@ -5,23 +5,24 @@ from typing import Any
 
 import pytest
 import yaml
-from jsonargparse.typing import Path_fr
 
 from salun_lightning import ForgetClasses, ForgetIndices
 from salun_lightning.cli import main
-from salun_lightning.comparison.plan import Plan, Row
+from salun_lightning.comparison.plan import Plan
+from salun_lightning.comparison.rows import ConfigFile, Row, all_rows
+from salun_lightning.configurations import SHIPPED
 from salun_lightning.lightning_cli import UnlearningCLI
 
-DIGITS = Path(__file__).parents[1] / "configs" / "digits"
-CLASS = f"--data={DIGITS}/one_class.yaml"
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.limit_val_batches=0"]
 FORGETTING = ["gradient_ascent", "random_label", "salun", "neg_grad_plus"]
 CLASSES = 10
 
 
 def measured(name: str, folder: Path, *arguments: str) -> dict[str, float]:
-    """UA, RA, TA and MIA of a configuration, with the digit 3 to be forgotten."""
-    cli = main(["fit", f"--config={DIGITS}/{name}.yaml", CLASS, f"--trainer.default_root_dir={folder}", *QUIET, *arguments])
+    """UA, RA, TA and MIA of a configuration as it is shipped, with the digit 3 to be forgotten."""
+    files = [f"digits/{name}"] if name in {"original", "retrain"} else [f"method/{name}", f"digits/tuned/{name}"]
+    configs = [f"--config={file}" for file in ("digits", *files, "digits/one_class")]
+    cli = main(["fit", *configs, f"--trainer.default_root_dir={folder}", *QUIET, *arguments])
     return {name: value for part in cli.trainer.test(cli.model, cli.datamodule, verbose=False) for name, value in part.items()}
 
 
@@ -60,32 +61,36 @@ def test_fine_tuning_leaves_the_class_where_it_is(original: Path, retrained: dic
 
 
 def shipped(name: str) -> dict[str, Any]:
-    settings: dict[str, Any] = yaml.safe_load((DIGITS / f"{name}.yaml").read_text())
+    settings: dict[str, Any] = yaml.safe_load((SHIPPED / f"{name}.yaml").read_text())
     return settings
 
 
-RATE = "model.optimizer.init_args.lr"
-COMPARISONS = ("compare", "compare_class", "compare_requests")
+RATE = "model.optimizer.lr"
+COMPARISONS = ("digits", "digits_class", "digits_requests")
 
 
 @pytest.mark.parametrize("name", [*FORGETTING, "finetune"])
 def test_the_rate_lies_within_the_grid_it_was_chosen_from(name: str) -> None:
-    rows = [row for row in shipped("pilot")["rows"].values() if row["config"] == f"{name}.yaml"]
-    grid = [row["options"][RATE] for row in rows if row["options"].keys() == {RATE}]
+    rows = [Row(**row) for row in shipped("compare/pilot")["rows"].values() if isinstance(row, dict)]
+    (grid,) = (row.grid[RATE] for row in rows if row.files[0] == f"method/{name}" and not row.options)
     assert grid == sorted(grid)
-    assert shipped(name)["model"]["init_args"]["optimizer"]["init_args"]["lr"] in grid[1:-1]
+    assert shipped(f"digits/tuned/{name}")[RATE] in grid[1:-1]
 
 
-def test_the_pilot_tries_each_rate_on_both_requests(monkeypatch: pytest.MonkeyPatch) -> None:
-    pilot = shipped("pilot")
-    assert not {*pilot["seeds"]} & {seed for name in COMPARISONS for seed in shipped(name)["seeds"]}
-    monkeypatch.chdir(DIGITS.parents[1])  # the file names others from the root of the repository
-    rows = {name: Row(Path_fr(str(DIGITS / row["config"])), row.get("options", {})) for name, row in pilot["rows"].items()}
+def test_the_pilot_tries_each_rate_on_both_requests() -> None:
+    pilot = shipped("compare/pilot")
+    others = [shipped(f"compare/{name}")["seeds"] for name in COMPARISONS]
+    assert not {*pilot["seeds"]} & {seed for seeds in others for seed in seeds}
+    sources = {name: Row(**row) if isinstance(row, dict) else row for name, row in pilot["rows"].items()}
+    rows, _, _ = all_rows(sources, "Retrain", pilot["noise_floor"], {})
     rates = {name: row.options[RATE] for name, row in rows.items() if RATE in row.options}
     assert all(float(name.split()[-1]) == rate for name, rate in rates.items())
     assert {name.rpartition(" ")[0] for name in rates} >= {"FT", "GA", "RL", "SalUn", "NegGrad+"}
-    plan = Plan(Path("out"), pilot["options"])
-    plan.add({name: rows[name] for name in ("original", "SalUn 0.01", "SalUn forget first 0.01")}, [100], pilot["cases"])
+    plan = Plan(Path("out"), {}, task=[ConfigFile(pilot["task"])])
+    cases = {name: Row(**case) if isinstance(case, dict) else Row(ConfigFile(case)) for name, case in pilot["cases"].items()}
+    for name in ("original", "SalUn 0.01", "SalUn forget first 0.01"):
+        rows[name] = Row([ConfigFile(file) for file in rows[name].files], rows[name].options)
+    plan.add({name: rows[name] for name in ("original", "SalUn 0.01", "SalUn forget first 0.01")}, [100], cases)
     for cell, request in zip(plan.cells[2:], [ForgetIndices, ForgetClasses] * 2, strict=True):
         cli = UnlearningCLI(args=list(cell.arguments), run=False)
         assert isinstance(cli.datamodule.forget, request)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from lightning.pytorch import LightningModule, Trainer
 from PIL import Image
 from torch.nn import functional
@@ -14,6 +15,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from salun_lightning import SaliencyMasking
 from salun_lightning.cli import main
+from salun_lightning.configurations import SHIPPED
+from salun_lightning.lightning_cli import UnlearningCLI
 from salun_lightning.networks import SmallResNet
 from tests.test_readme import blocks
 
@@ -23,23 +26,27 @@ def test_own_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     monkeypatch.chdir(tmp_path)
     draw = np.random.RandomState(0)
     for split, count in (("train", 20), ("test", 6)):
-        for name, shade in (("dark", 0), ("bright", 128)):
-            folder = tmp_path / "photos" / split / name
+        for name, shade in (("dark", 0), ("middle", 64), ("bright", 128)):
+            folder = tmp_path / "images" / split / name
             folder.mkdir(parents=True)
             for number in range(count):
                 Image.fromarray((shade + draw.randint(0, 128, (24, 32, 3))).astype(np.uint8)).save(folder / f"{number}.jpg")
-    measure = next(block for block in blocks("sh") if "std_mean" in block)
-    exec(measure.split('"')[1], {})
-    assert capsys.readouterr().out.startswith("2 tensor([0.2")
-    for name, mark in (("photos.yaml", "ImageFolderDataModule"), ("photos_compare.yaml", "photos.yaml")):
-        (tmp_path / name).write_text(next(block for block in blocks("yaml") if mark in block))
-    (command,) = (block for block in blocks("sh") if "photos_compare.yaml" in block)
+    main(["init", "mine", "--images=images"])
+    assert "compare -c mine/photos_compare.yaml" in capsys.readouterr().out
+    task = yaml.safe_load((tmp_path / "mine" / "photos.yaml").read_text())
+    network = task["model"]["init_args"]["network"]["init_args"]
+    assert network["num_classes"] == 3
+    assert network["mean"] == [pytest.approx(0.5, abs=0.02)] * 3  # of 0 to 127, 64 to 191 and 128 to 255
+    assert network["std"] == [pytest.approx(0.22, abs=0.05)] * 3
+    assert task["data"]["init_args"]["root"] == str(tmp_path / "images")
+    assert (tmp_path / "mine" / "photos.yaml").read_text().count("#") == (SHIPPED / "photos.yaml").read_text().count("#")
     quick = ["--seeds=[1]", "--", "--trainer.max_epochs=2", "--model.network.width=4", "--trainer.accelerator=cpu"]
-    main([*command.split()[2:], *quick])
-    results = json.loads((tmp_path / "runs/photos/compare/results.json").read_text())
-    table = (tmp_path / "runs/photos/compare/table.md").read_text()
-    assert all(f"| {row} |" in table for row in ("original", "Retrain", "SalUn"))
-    assert "RandomLabel" in json.dumps(results)
+    main(["compare", "-c", "mine/photos_compare.yaml", *quick])
+    results = json.loads((tmp_path / "runs/compare/photos_compare/results.json").read_text())
+    assert [cell["row"] for cell in results["cells"]] == ["original", "Retrain", "FT", "SalUn"]
+    assert all("--config mine/photos.yaml" in cell["command"] for cell in results["cells"])
+    cli = UnlearningCLI(["--config=mine/photos.yaml", "--config=method/salun", "--trainer.accelerator=cpu"], run=False)
+    assert cli.trainer.default_root_dir == "runs/photos/salun"
 
 
 def test_random_labels_in_a_module_of_another_project(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ An image is memorised as far as models are surer of its class for having been tr
     memorisation = mean probability of its class, over the models that were trained on it
                  - mean probability of its class, over those that were not
 
-(Feldman and Zhang, NeurIPS 2020, who count right answers in place of probabilities). Each model is trained as retrain.yaml
+(Feldman and Zhang, NeurIPS 2020, who count right answers in place of probabilities). Each model is trained as digits/retrain
 says, with another random 30 % of the training set left out. The images of the validation set are in no training set, so they
 have no rank.
 
@@ -36,14 +36,11 @@ def train_one(seed: int, folder: str, options: list[str]) -> tuple[Tensor, Tenso
     """
     left_out = ["--data.forget=ForgetRandom", "--data.forget.fraction=0.3", f"--data.forget.seed={seed}"]
     once = [f"--trainer.default_root_dir={folder}", "--trainer.limit_val_batches=0", f"--seed_everything={seed}"]
-    cli = UnlearningCLI(args=[f"--config={HERE}/retrain.yaml", *left_out, *once, *QUIET, *options], run=False)
+    cli = UnlearningCLI(args=["--config=digits", "--config=digits/retrain", *left_out, *once, *QUIET, *options], run=False)
     cli.trainer.fit(cli.model, datamodule=cli.datamodule)
-    batches = [batch for loader in cli.trainer.predict(cli.model, datamodule=cli.datamodule) for batch in loader]
-    parts = [batch for batch in batches if batch["set"] in ("forget", "retain")]
-    positions, order = torch.cat([part["index"] for part in parts]).sort()
-    inside = torch.cat([torch.full_like(part["index"], part["set"] == "retain", dtype=torch.bool) for part in parts])
-    of_class = torch.cat([part["probabilities"].gather(1, part["target"][:, None])[:, 0] for part in parts])
-    return positions, inside[order], of_class[order].double()
+    cli.trainer.predict(cli.model, datamodule=cli.datamodule, return_predictions=False)
+    asked = cli.model.predictions.training
+    return asked.indices, torch.isin(asked.indices, cli.datamodule.retain_indices), asked.confidences.double()
 
 
 def memorisation(inside: Tensor, of_class: Tensor) -> Tensor:

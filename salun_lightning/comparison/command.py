@@ -11,25 +11,28 @@ from jsonargparse import ArgumentParser
 import salun_lightning
 from salun_lightning.cli import program
 from salun_lightning.comparison.figures import Figures
-from salun_lightning.comparison.plan import Cell, Plan, Row
+from salun_lightning.comparison.plan import Cell, Plan
 from salun_lightning.comparison.plots import plot, plot_samples
 from salun_lightning.comparison.report import Results, Table, markdown, summarise
+from salun_lightning.comparison.rows import ConfigFile, Row, Source, all_rows, row_called, row_of
 from salun_lightning.comparison.schedule import CellsFailed, Schedule
+from salun_lightning.configurations import located
 from salun_lightning.evidence.gaps import METRICS, average_gap, finite
 from salun_lightning.files import as_json, read_json, write_text
 
 
 def compare(
-    rows: dict[str, Row],
+    rows: dict[str, Source],
     out: Path,
     seeds: int | list[int],
-    options: dict[str, Any],
+    task: ConfigFile | list[ConfigFile] | None = None,
+    options: dict[str, Any] | None = None,
     reference: str = "Retrain",
-    noise_floor: str | list[str] | None = None,
+    noise_floor: bool | int = 0,
     only: str | list[str] | None = None,
     arguments: list[str] | None = None,
-    cases: dict[str, dict[str, Any]] | None = None,
-    first: dict[str, Row] | None = None,
+    cases: dict[str, ConfigFile | list[ConfigFile] | Row | dict[str, Any]] | None = None,
+    first: dict[str, Source] | None = None,
     metrics: list[str] | None = None,
     gap: bool = True,
     threads: int = 1,
@@ -41,20 +44,23 @@ def compare(
     stop the others. Several processes may share the work: each takes the cells that no other one runs.
 
     Args:
-        rows: The rows of the table by name, each a configuration of ``fit`` with overrides. Rows that start from an original
-            model need a row called ``original``.
-        out: Folder of the comparison.
+        rows: The rows of the table by name, each a configuration of ``fit``, a list of them, or both with options (``config``,
+            ``options``). A configuration is a path, relative to the file that names it, or the name of one that ships. Rows
+            that start from an original model need a row called ``original``.
+        out: Folder of the comparison; on the command line ``runs/compare/`` and the name of the configuration.
         seeds: One or several seeds.
+        task: The configuration, or several, that every row begins with.
         options: Options of ``fit`` for every row; ``{seed}`` stands for the seed, ``{seed+1000}`` for another one.
-        reference: The row that gaps are measured against: the retrained model.
-        noise_floor: The rows that repeat the reference with other seeds. They become one row of the table: how far retrained
-            models are from each other.
+        reference: The row that gaps are measured against: the retrained model. Unless ``seed_everything`` is among the options
+            it has a seed of its own, ``{seed+1000}``: it shall not share the initial weights of the original.
+        noise_floor: How many more models are retrained, with seeds of their own. They become one row of the table: how far
+            retrained models are from each other.
         only: Run only these rows (and the original models they start from); the table shows all that is there.
         arguments: Further arguments of ``fit`` for every row; on the command line, all that follows ``--``.
-        cases: What each seed is repeated for, such as the class to forget: options of ``fit`` by name. The original model of a
-            seed is trained once, and tested in each case.
-        first: Models that are trained once before all else, such as the classifier that judges images, each a configuration of
-            ``fit``. In the options ``{name}`` stands for the checkpoint.
+        cases: What each seed is repeated for, such as the class to forget: configurations or options of ``fit`` by name. The
+            original model of a seed is trained once, and tested in each case.
+        first: Models that are trained once before all else, such as the classifier that judges images, each given like a row
+            (without the task). In the options ``{name}`` stands for the checkpoint.
         metrics: The columns of the table, as ``test`` names them; by default UA, RA, TA and MIA.
         gap: Whether the mean absolute difference of these to the reference is a column.
         threads: The number of threads each cell computes with. Tiny networks are fastest with one.
@@ -66,33 +72,30 @@ def compare(
         ValueError: A name, a number or an option is not known or not possible. A finished table stays as it is.
         CellsFailed: Some cells failed. The others were run and reported.
     """
-    seeds, floor = _listed(seeds), _listed(noise_floor) if noise_floor is not None else []
-    asked = list(rows) if only is None else _listed(only)
+    if noise_floor < 0:
+        raise ValueError(f"'noise_floor' is {noise_floor}. Give the number of further retrained models, or 0.")
+    seeds, options = _listed(seeds), options or {}
+    everything, reference, floor = all_rows(rows, reference, int(noise_floor), options)
+    asked = list(everything) if only is None else _listed(only)
     metrics = list(METRICS) if metrics is None else metrics
     for name, values in {"seeds": seeds, "only": asked, "metrics": metrics}.items():
         if not values or len(set(values)) < len(values):
             raise ValueError(f"'{name}' is {values}. Name at least one, and each only once.")
     if threads < 1:
         raise ValueError(f"'threads' is {threads}. A cell needs at least one.")
-    known = {name.lower(): name for name in rows}
-    for name in (*asked, reference, *floor):
-        if name.lower() not in known:
-            raise ValueError(f"There is no row '{name}'. The rows are: {', '.join(rows)}.")
-    if reference in floor:
-        raise ValueError(f"The row '{reference}' is the reference. 'noise_floor' names rows that repeat it with other seeds.")
-    chosen = {known[name.lower()] for name in asked}
-    plan = Plan(out, options, arguments or [])
-    plan.add_first(first or {})
-    plan.add(rows, seeds, cases or {})
+    chosen = {row_called(name, everything) for name in asked}
+    plan = Plan(out, options, arguments or [], row_of(task or []).files)
+    plan.add_first({name: row_of(model) for name, model in (first or {}).items()})
+    plan.add(everything, seeds, cases or {})
     plan.reader.save()
     wanted = {cell for cell in plan.cells if cell.row in chosen}
     wanted |= {needed for cell in wanted for needed in cell.needed}
-    table = Table(known[reference.lower()], [known[name.lower()] for name in floor], metrics, gap)
+    table = Table(reference, floor, metrics, gap)
     started = time.perf_counter()
     cells = [*plan.first, *(cell for cell in plan.cells if cell in wanted)]
     figures = Figures(out)
     failed = _run_all(cells, plan.first, table, threads, figures)
-    report = _report(list(rows), plan, table, failed, figures, time.perf_counter() - started)
+    report = _report(list(everything), plan, table, failed, figures, time.perf_counter() - started)
     if failed:
         raise CellsFailed(
             f"{len(failed)} of {len(cells)} cells failed. "
@@ -193,6 +196,9 @@ def compare_command(args: list[str]) -> dict[str, Any]:
     parser.add_argument("-c", "--config", action="config", help="YAML file of the options below.")
     parser.add_function_arguments(compare)
     own, further = (args[: args.index("--")], args[args.index("--") + 1 :]) if "--" in args else (args, [])
+    own, files = located(own, "compare")
+    if files:
+        own = ["--out", str(Path("runs", "compare", files[-1].stem)), *own]
     parsed = parser.parse_args(own)
     options = parser.instantiate_classes(parsed)
     options.pop("config", None)

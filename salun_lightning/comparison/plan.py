@@ -1,7 +1,6 @@
 """What a comparison consists of: rows x seeds, each cell one ``fit`` command."""
 
 import json
-import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -9,25 +8,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from jsonargparse.typing import Path_fr
-
 from salun_lightning.cli import program
+from salun_lightning.comparison.rows import ConfigFile, Row, Source, row_of
 from salun_lightning.comparison.settings import SettingsReader
+from salun_lightning.configurations import shown
 from salun_lightning.files import read_json, tensors_fault
 
-
-@dataclass
-class Row:
-    """One row of the table: a ``fit`` configuration, and what it overrides.
-
-    Args:
-        config: Configuration file of ``fit``, relative to the file that names it.
-        options: Options of ``fit`` on top, such as ``saliency.ratio: 0.3``. Filled in are ``{seed}``, other seeds such as
-            ``{seed+1000}``, and the checkpoint of each model that is trained first, as ``{name}``.
-    """
-
-    config: Path_fr
-    options: dict[str, Any] = field(default_factory=dict)
+QUIET = ("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.limit_val_batches=0")
+"""What a cell is spared, unless its configuration asks for it: a comparison has many, and tests each at its end."""
 
 
 @dataclass(frozen=True)
@@ -116,11 +104,13 @@ class Plan:
         out: The folder of the comparison.
         options: Options of ``fit`` for every row.
         arguments: Further arguments of ``fit``, for every row and all that is trained first.
+        task: The configurations that every row begins with.
     """
 
     out: Path
     options: dict[str, Any]
     arguments: Sequence[str] = ()
+    task: Sequence[ConfigFile] = ()
     first: list[Cell] = field(default_factory=list)
     cells: list[Cell] = field(default_factory=list)
 
@@ -134,9 +124,9 @@ class Plan:
             ValueError: ``fit`` does not accept the settings of one.
         """
         for name, row in models.items():
-            self.first.append(self._cell(name, 0, "", row, {}, self.out / slug(name)))
+            self.first.append(self._cell(name, 0, "", row, self.out / slug(name)))
 
-    def add(self, rows: Mapping[str, Row], seeds: Sequence[int], cases: Mapping[str, dict[str, Any]]) -> None:
+    def add(self, rows: Mapping[str, Row], seeds: Sequence[int], cases: Mapping[str, Source | dict[str, Any]]) -> None:
         """Plan rows x seeds x cases, those that train an original model first.
 
         A row whose settings name an original model starts from that of its seed and case: from the cell of the row
@@ -150,10 +140,13 @@ class Plan:
         originals: dict[tuple[int, str], Cell] = {}
         for name in sorted(rows, key=lambda name: name != "original"):
             for seed in seeds:
-                for name_of_case, own in (cases or {"": {}}).items():
-                    case = str(name_of_case)  # YAML reads names of digits as numbers
+                for name_of_case, source in (cases or {"": Row()}).items():
+                    case, own = str(name_of_case), row_of(source)  # YAML reads names of digits as numbers
                     folder = self.out / slug(name) / "-".join(["seed", str(seed), *([slug(case)] if case else [])])
-                    self.cells.append(self._cell(name, seed, case, rows[name], {**self.options, **own}, folder, originals))
+                    whole = Row(
+                        [*self.task, *own.files, *rows[name].files], {**self.options, **own.options, **rows[name].options}
+                    )
+                    self.cells.append(self._cell(name, seed, case, whole, folder, originals))
                     if name == "original":
                         originals[seed, case] = self.cells[-1].trained or self.cells[-1]
         self._check_folders(rows)
@@ -174,11 +167,11 @@ class Plan:
         seed: int,
         case: str,
         row: Row,
-        options: dict[str, Any],
         folder: Path,
         originals: Mapping[tuple[int, str], Cell] | None = None,
     ) -> Cell:
-        words = ["--config", os.path.relpath(row.config.absolute), *_arguments({**options, **row.options}), *self.arguments]
+        words = [*QUIET, *(word for file in row.files for word in ("--config", shown(file)))]
+        words += [*_arguments(row.options), *self.arguments]
         words = [_with_seed(word, seed) for word in words]
         names = {cell.row: f"<{cell.row}>" for cell in self.first}  # what the comparison trains itself counts by its key
         try:

@@ -13,6 +13,7 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 
 import salun_lightning
+from salun_lightning.configurations import located
 from salun_lightning.files import read_json, write_json
 from salun_lightning.sentences import sentence
 
@@ -62,19 +63,19 @@ class SettingsReader:
     def key(self, settings: Settings, needed: Sequence[str]) -> str:
         """Digest of all that determines what a run comes to.
 
-        That is the version of this package, the settings, the keys of the runs whose models this one starts from, and every
-        file and folder that a setting names: what it holds in place of its name, so that neither a comment in a configuration
-        nor a folder that moved changes the key. A file of at most 1 MiB, such as a list of images to forget, counts by its
-        content; a larger one, such as a checkpoint or a mask, by size and time; a folder by the names, sizes and times of its
-        files. Not looked into are folders under ``trainer``, where loggers and checkpoints are written, and a ``root`` beside
-        ``download: true``, which torchvision fills and checks.
+        That is the version of this package without its last number, the settings, the keys of the runs whose models this one
+        starts from, and every file and folder that a setting names: what it holds in place of its name, so that neither a
+        comment in a configuration nor a folder that moved changes the key. A file of at most 1 MiB, such as a list of images to
+        forget, counts by its content; a larger one, such as a checkpoint or a mask, by size and time; a folder by the names,
+        sizes and times of its files. Not looked into are folders under ``trainer``, where loggers and checkpoints are written,
+        and a ``root`` beside ``download: true``, which torchvision fills and checks.
 
         Args:
             settings: From :meth:`read`.
             needed: The keys of the runs whose models this one starts from.
         """
         content = {name: self._content(name, value, settings) for name, value in sorted(settings.items())}
-        return _digest([salun_lightning.__version__, content, list(needed)])
+        return _digest([salun_lightning.__version__.rpartition(".")[0], content, list(needed)])
 
     def _content(self, name: str, value: Any, settings: Settings) -> Any:
         owner, _, option = name.rpartition(".")
@@ -114,7 +115,7 @@ class SettingsReader:
 def _parsed(arguments: Sequence[str]) -> tuple[Settings, list[str]]:
     """The settings, and the configuration files that were read for them."""
     try:
-        parsed = _parser().parse_args(list(arguments))
+        parsed = _parser().parse_args(located(arguments)[0])
     except Exception as error:  # whatever a class that is named raises
         raise ValueError(f"The arguments of 'fit' are not accepted: {sentence(error, ['fit', *arguments])}") from error
     files = {str(path.absolute) for path in parsed.pop("config") or []}

@@ -1,6 +1,6 @@
 """Training steps a second of a class-conditional diffusion model against a plain loop; on a GPU where there is one.
 
-Both train the UNet of configs/cifar10/diffusion/network.yaml with bf16 autocast, Adam and clipping, on images that lie on the
+Both train the UNet of configs/cifar10_diffusion.yaml with bf16 autocast, Adam and clipping, on images that lie on the
 device. On a CPU the UNet has a quarter of the channels.
 """
 

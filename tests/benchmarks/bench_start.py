@@ -36,7 +36,7 @@ def test_help() -> None:
 
 def compare(out: Path, *options: str) -> tuple[float, float]:
     """Seconds of the comparison, and of a second start of it; prints the share of each stage."""
-    command = ("train.py", "compare", "--config", "configs/digits/compare.yaml", "--out", str(out), *options)
+    command = ("train.py", "compare", "--config", "configs/compare/digits.yaml", "--out", str(out), *options)
     first = seconds(lambda: run(*command))
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))
     second = seconds(lambda: run(*command))

@@ -5,6 +5,7 @@ The runs themselves are played by a stand-in that writes what a run leaves behin
 
 import json
 import shlex
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,27 +13,41 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from jsonargparse.typing import Path_fr
 
 from salun_lightning.cli import main
-from salun_lightning.comparison.plan import Cell, Plan, Row
+from salun_lightning.comparison.plan import Cell, Plan
+from salun_lightning.comparison.rows import ConfigFile, Row, all_rows
 from salun_lightning.files import write_json
 
-CONFIGS = Path(__file__).parents[2] / "configs" / "digits" / "diffusion"
-ROWS = {"Retrain": "retrain.yaml", "original": "original.yaml", "ESD": "esd.yaml", "SalUn": "salun.yaml"}
+CONFIGS = Path(__file__).parents[2] / "configs"
+ROWS = {
+    "Retrain": "digits_diffusion/retrain",
+    "original": "digits_diffusion/original",
+    "ESD": "method/esd",
+    "SalUn": "method/salun_diffusion",
+}
 CASES = {"three": {"data.forget.names": ["3"]}, "a 5": {"data.forget.names": ["5"]}}
 SMALL: dict[str, Any] = {"seeds": [1], "cases": {}}
 OPTIONS = {"seed_everything": "{seed}", "model.evaluation.weights": "{judge}"}
 
 
-def row(file: str, folder: Path = CONFIGS, **options: Any) -> Row:
-    return Row(Path_fr(str(folder / file)), options)
+def files(*names: str, folder: Path = CONFIGS) -> list[ConfigFile]:
+    return [ConfigFile(str(folder / f"{name}.yaml")) for name in names]
+
+
+def row(*names: str, folder: Path = CONFIGS, **options: Any) -> Row:
+    return Row(files(*names, folder=folder), options)
+
+
+def judging(folder: Path = CONFIGS, **options: Any) -> Row:
+    return row("digits", "digits/judge", folder=folder, **options)
 
 
 def planned(folder: Path = CONFIGS, **kwargs: Any) -> Plan:
-    plan = Plan(Path("out"), kwargs.get("options", OPTIONS), kwargs.get("arguments", []))
-    plan.add_first(kwargs.get("first", {"judge": row("judge.yaml", folder)}))
-    rows = {name: row(file, folder) for name, file in ROWS.items()}
+    task = files("digits_diffusion", folder=folder)
+    plan = Plan(Path("out"), kwargs.get("options", OPTIONS), kwargs.get("arguments", []), task)
+    plan.add_first(kwargs.get("first", {"judge": judging(folder)}))
+    rows = {name: row(file, folder=folder) for name, file in ROWS.items()}
     plan.add(rows, kwargs.get("seeds", [1, 2]), kwargs.get("cases", CASES))
     return plan
 
@@ -77,7 +92,7 @@ def test_cases_that_would_share_a_folder_are_told_apart_or_refused(cases: dict[s
 def test_a_model_trained_first_that_is_called_like_a_row_is_refused_or_kept_apart() -> None:
     """Its folder holds the folders of that row: training it again would wipe those out."""
     try:
-        plan = planned(first={"judge": row("judge.yaml"), "SalUn": row("judge.yaml")})
+        plan = planned(first={"judge": judging(), "SalUn": judging()})
     except ValueError as error:
         assert "SalUn" in str(error)  # noqa: PT017
     else:
@@ -122,12 +137,12 @@ def test_another_training_set_has_an_original_of_its_own() -> None:
 def test_options_of_a_case_go_over_the_common_ones_and_those_of_a_row_over_both() -> None:
     plan = Plan(Path("out"), {"trainer.max_steps": 1, "seed_everything": "{seed}"})
     cases = {"x": {"trainer.max_steps": 2, "data.batch_size": 8}}
-    plan.add({"Retrain": row("retrain.yaml", **{"data.batch_size": 16})}, [7], cases)
+    plan.add({"Retrain": row("digits", **{"data.batch_size": 16})}, [7], cases)
     assert "--trainer.max_steps 2 --seed_everything 7 --data.batch_size 16" in plan.cells[0].command
 
 
 def test_placeholders_of_models_trained_first() -> None:
-    plan = planned(first={"encoder": row("judge.yaml"), "judge": row("judge.yaml", **{"model.original": "{encoder}"})})
+    plan = planned(first={"encoder": judging(), "judge": judging(**{"model.original": "{encoder}"})})
     encoder, judge = plan.first
     assert encoder.checkpoint == Path("out/encoder/checkpoints/last.ckpt")
     assert f"--model.original {encoder.checkpoint}" in judge.command
@@ -135,20 +150,48 @@ def test_placeholders_of_models_trained_first() -> None:
     assert not any("{" in cell.command for cell in (*plan.first, *plan.cells))
 
 
-@pytest.mark.parametrize("config", sorted(CONFIGS.parents[1].glob("*/compare*.yaml")), ids=str)
-def test_every_retrained_model_has_a_seed_of_its_own(config: Path) -> None:
+@pytest.mark.parametrize("common", [{}, {"seed_everything": "{seed}"}])
+def test_every_retrained_model_has_a_seed_of_its_own(common: dict[str, Any]) -> None:
     """With the original's initialisation it would be closer to the original than a model that never saw it."""
-    comparison = yaml.safe_load(config.read_text())
-    floor = comparison.get("noise_floor", [])
-    retrained = [comparison["rows"][name]["options"]["seed_everything"] for name in ("Retrain", *floor)]
-    assert comparison["options"]["seed_everything"] == "{seed}"
-    assert len({"{seed}", *retrained}) == 2 + len(floor)
-    assert len(floor) in {0, 2}
+    sources: dict[str, Any] = {"FT": files("method/finetune"), "Retrain": files("digits/retrain")[0], "original": judging()}
+    rows, reference, floor = all_rows(sources, "retrain", 2, common)
+    assert list(rows) == ["FT", "Retrain", "Retrain again", "Retrain again 2", "original"]
+    assert (reference, floor) == ("Retrain", ["Retrain again", "Retrain again 2"])
+    seeds = {name: {**common, **row.options}["seed_everything"] for name, row in rows.items()}
+    assert seeds == {
+        "FT": "{seed}",
+        "Retrain": "{seed}" if common else "{seed+1000}",  # whoever says so shares the seed
+        "Retrain again": "{seed+2000}",
+        "Retrain again 2": "{seed+3000}",
+        "original": "{seed}",
+    }
+    assert all(rows[name].files == rows["Retrain"].files == files("digits/retrain") for name in floor)
+
+
+def test_a_row_called_like_a_repetition_of_the_reference_is_refused() -> None:
+    with pytest.raises(ValueError, match="'noise_floor' makes a row called 'Retrain again'"):
+        all_rows({"Retrain": Row(), "Retrain again": Row()}, "Retrain", 1, {})
+
+
+def test_a_grid_is_a_row_for_each_combination() -> None:
+    grid = {"model.optimizer.lr": [0.1, 1.0], "saliency.ratio": [0.5]}
+    rows, _, _ = all_rows({"Retrain": Row(), "A": Row(files("digits"), {"x": 1}, grid)}, "Retrain", 0, {})
+    assert list(rows) == ["Retrain", "A 0.1 0.5", "A 1.0 0.5"]
+    assert rows["A 1.0 0.5"].options == {"seed_everything": "{seed}", "x": 1, "model.optimizer.lr": 1.0, "saliency.ratio": 0.5}
+
+
+def test_files_of_task_case_and_row_are_given_in_that_order() -> None:
+    plan = Plan(Path("out"), {}, [], files("digits"))
+    rows: dict[str, Any] = {"Retrain": row("digits/retrain")}
+    plan.add(rows, [1], {"a class": files("digits/one_class")[0], "more": row("digits/one_class", **{"data.batch_size": 8})})
+    given = "--config configs/digits.yaml --config configs/digits/one_class.yaml --config configs/digits/retrain.yaml"
+    assert all(given in cell.command for cell in plan.cells)
+    assert [("--data.batch_size 8" in cell.command) for cell in plan.cells] == [False, True]
 
 
 def test_other_seeds_are_an_offset_away() -> None:
     plan = Plan(Path("out"), {"seed_everything": "{seed+1000}", "data.split_seed": "{seed-1}"})
-    plan.add({"Retrain": row("retrain.yaml")}, [7], {})
+    plan.add({"Retrain": row("digits", "digits/retrain")}, [7], {})
     assert "--seed_everything 1007 --data.split_seed 6" in plan.cells[0].command
 
 
@@ -165,21 +208,13 @@ def test_further_arguments_reach_what_is_trained_first() -> None:
     assert all("--trainer.max_steps=3" in cell.command for cell in (*plan.first, *plan.cells))
 
 
-def copy_of(folder: Path, target: Path) -> Path:
-    (target / "diffusion").mkdir()
-    (target / "network.yaml").write_text((folder.parent / "network.yaml").read_text())
-    for file in folder.glob("*.yaml"):
-        (target / "diffusion" / file.name).write_text(file.read_text())
-    return target / "diffusion"
-
-
 def keys(plan: Plan) -> dict[Any, str]:
     return {(cell.row, cell.run): cell.key for cell in (*plan.first, *plan.cells)}
 
 
-@pytest.mark.parametrize("file", ["judge.yaml", "../network.yaml"])
+@pytest.mark.parametrize("file", ["digits/judge.yaml", "digits.yaml"])
 def test_another_first_model_is_another_comparison(tmp_path: Path, file: str) -> None:
-    folder = copy_of(CONFIGS, tmp_path)
+    folder = Path(shutil.copytree(CONFIGS, tmp_path / "configs"))
     before = keys(planned(folder, **SMALL))
     assert keys(planned(folder, **SMALL)) == before
     text = (folder / file).read_text()
@@ -198,18 +233,19 @@ def test_a_file_that_an_option_names_counts_too(tmp_path: Path, where: str) -> N
     given: dict[str, Any] = {
         where: {"options": named, "cases": {"other": named}, "arguments": [f"--data={data}"]}[where],
     }
-    data.write_text((CONFIGS / "data.yaml").read_text())
+    content = yaml.safe_load((CONFIGS / "digits_diffusion.yaml").read_text())["data"]
+    data.write_text(yaml.safe_dump(content))
     before = keys(planned(first={}, **{"options": {}, **SMALL, **given}))
-    data.write_text((CONFIGS / "data.yaml").read_text().replace("100", "50"))
+    data.write_text(yaml.safe_dump(content).replace("100", "50"))
     after = keys(planned(first={}, **{"options": {}, **SMALL, **given}))
     assert not [place for place in before if before[place] == after[place]]
 
 
 def test_another_original_is_another_model_of_all_that_start_from_it(tmp_path: Path) -> None:
-    folder = copy_of(CONFIGS, tmp_path)
+    folder = Path(shutil.copytree(CONFIGS, tmp_path / "configs"))
     before = keys(planned(folder, **SMALL))
-    text = (folder / "original.yaml").read_text()
-    (folder / "original.yaml").write_text(text.replace("seed_everything: 0", "seed_everything: 0\nsaliency: {ratio: 1.0}"))
+    with (folder / "digits_diffusion/original.yaml").open("a") as file:
+        file.write("saliency.ratio: 1.0\n")
     after = keys(planned(folder, **SMALL))
     assert {name for name, run in before if before[name, run] != after[name, run]} == {"original", "ESD", "SalUn"}
 
@@ -222,17 +258,16 @@ def test_another_case_beside_leaves_the_others_alone() -> None:
 
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
-    first = {"judge": {"config": str(CONFIGS / "judge.yaml")}}
-    rows = {name: {"config": str(CONFIGS / file)} for name, file in ROWS.items()}
     settings = {
+        "task": "digits_diffusion",
         "out": str(tmp_path / "out"),
         "seeds": [1, 2],
         "cases": CASES,
         "options": OPTIONS,
         "metrics": ["UA", "FID"],
         "gap": False,
-        "first": first,
-        "rows": rows,
+        "first": {"judge": ["digits", "digits/judge"]},
+        "rows": ROWS,
     }
     path = tmp_path / "compare.yaml"
     path.write_text(yaml.safe_dump(settings, sort_keys=False))

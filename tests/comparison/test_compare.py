@@ -11,19 +11,17 @@ import yaml
 
 from salun_lightning import ImageClassifier
 from salun_lightning.cli import main
-from salun_lightning.comparison.plan import Cell, Plan, Row
+from salun_lightning.comparison.plan import Cell, Plan
+from salun_lightning.comparison.rows import ConfigFile, Row
 from salun_lightning.evidence.predictions import Predictions
 from tests.comparison.test_page import parsed
 
-CONFIGS = Path(__file__).parents[2] / "configs" / "digits"
 ROWS = {
-    "original": "original.yaml",
-    "Retrain": "retrain.yaml",
-    "Retrain again": "retrain.yaml",
-    "Retrain a third time": "retrain.yaml",
-    "SalUn": "salun.yaml",
+    "original": ["digits/original"],
+    "Retrain": ["digits/retrain"],
+    "SalUn": ["method/salun", "digits/tuned/salun"],
 }
-FLOOR = ["Retrain again", "Retrain a third time"]
+FLOOR = ["Retrain again", "Retrain again 2"]
 
 
 @pytest.fixture
@@ -32,21 +30,14 @@ def config(tmp_path: Path) -> Path:
     network = {"class_path": "SmallResNet", "init_args": {"num_classes": 10, "width": 8}}
     (tmp_path / "network.yaml").write_text(yaml.safe_dump(network))
     options = {
-        "seed_everything": "{seed}",
         "data.forget.seed": "{seed}",
         "model.network": str(tmp_path / "network.yaml"),
         "trainer.max_epochs": 2,
-        "trainer.limit_val_batches": 0,
-        "trainer.enable_progress_bar": False,
-        "trainer.enable_model_summary": False,
     }
-    rows: dict[str, Any] = {name: {"config": str(CONFIGS / file)} for name, file in ROWS.items()}
-    for offset, name in enumerate(("Retrain", *FLOOR), start=1):
-        rows[name]["options"] = {"seed_everything": f"{{seed+{offset}000}}"}
     path = tmp_path / "compare.yaml"
     path.write_text(
         yaml.safe_dump(
-            {"out": str(tmp_path / "out"), "seeds": [1], "options": options, "noise_floor": FLOOR, "rows": rows},
+            {"task": "digits", "out": str(tmp_path / "out"), "seeds": [1], "options": options, "noise_floor": 2, "rows": ROWS},
             sort_keys=False,
         )
     )
@@ -69,7 +60,7 @@ def test_everything_is_written_and_nothing_is_run_twice(config: Path, capsys: py
     assert json.loads((out / "results.json").read_text()) == json.loads(json.dumps(report))
     table = (out / "table.md").read_text()
     assert table.startswith("| | UA | RA | TA | MIA | avg. gap | cost | run time |")
-    assert all((f"| {name}" in table) == (name != FLOOR[1]) for name in ROWS)
+    assert all((f"| {name}" in table) == (name != FLOOR[1]) for name in (*ROWS, *FLOOR))
     assert {path.name for path in out.glob("*.png")} == {"comparison.png"}
     page = parsed(out / "report.html")
     assert [" | ".join(cells) for cells in page.rows] == [
@@ -145,42 +136,56 @@ def test_changed_settings_run_again(config: Path) -> None:
     assert torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["epoch"] == 0
 
 
-def rows(folder: Path, **options: Any) -> dict[str, Row]:
-    from jsonargparse.typing import Path_fr
-
-    return {name: Row(Path_fr(str(folder / file)), options) for name, file in ROWS.items()}
-
-
-def plan(rows: dict[str, Row], seeds: list[int], options: dict[str, Any], out: Path) -> dict[tuple[str, int], Cell]:
+def plan(rows: dict[str, Row], seeds: list[int], out: Path, options: dict[str, Any]) -> dict[tuple[str, int], Cell]:
     """The cells of a comparison without cases, by row and seed."""
-    planned = Plan(out, options)
+    planned = Plan(out, options, task=[ConfigFile("digits")])
     planned.add(rows, seeds, {})
     assert {cell.run for cell in planned.cells} == {(seed, "") for seed in seeds}
     return {(cell.row, cell.seed): cell for cell in planned.cells}
 
 
+def rows() -> dict[str, Row]:
+    return {name: Row([ConfigFile(file) for file in files]) for name, files in ROWS.items()}
+
+
 def test_plan() -> None:
-    cells = plan(rows(CONFIGS), [1, 2], {"seed_everything": "{seed}"}, Path("out"))
+    cells = plan(rows(), [1, 2], Path("out"), {"seed_everything": "{seed}"})
     salun = cells["SalUn", 2]
     assert salun.original is cells["original", 2]
     assert "--model.original out/original/seed-2/checkpoints/last.ckpt" in salun.command
     assert "--seed_everything 2" in salun.command
     assert cells["Retrain", 1].original is None
-    assert len({cell.key for cell in cells.values()}) == 6  # the three retrained rows are alike here: 2 seeds x 3
-
-
-def test_the_key_follows_every_file_that_is_named(tmp_path: Path) -> None:
-    for file in CONFIGS.glob("*.yaml"):
-        (tmp_path / file.name).write_text(file.read_text())
-    before = plan(rows(tmp_path), [1], {}, Path("out"))["SalUn", 1].key
-    assert plan(rows(tmp_path), [1], {}, Path("out"))["SalUn", 1].key == before
-    (tmp_path / "network.yaml").write_text((tmp_path / "network.yaml").read_text().replace("16", "8"))
-    assert plan(rows(tmp_path), [1], {}, Path("out"))["SalUn", 1].key != before
+    assert len({cell.key for cell in cells.values()}) == 6
 
 
 def test_bad_input(config: Path) -> None:
     with pytest.raises(ValueError, match=r"There is no row 'salon'. The rows are: original, Retrain, Retrain again, "):
         compare(config, "--only=salon")
-    lonely = {name: row for name, row in rows(CONFIGS).items() if name != "original"}
+    lonely = {name: row for name, row in rows().items() if name != "original"}
     with pytest.raises(ValueError, match="starts from an original model, but there is no row 'original'"):
-        plan(lonely, [1], {}, Path("out"))
+        plan(lonely, [1], Path("out"), {})
+
+
+def test_a_comparison_names_what_lies_beside_it_and_what_ships(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its folder is called like the configuration."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "ascent.yaml").write_text("model.method: GradientAscent\ntrainer.max_epochs: 7\n")
+    (tmp_path / "mine" / "many.yaml").write_text(
+        yaml.safe_dump({"task": "digits", "seeds": 1, "rows": {**ROWS, "Mine": "ascent.yaml", "GA": "method/gradient_ascent"}})
+    )
+    planned: list[Plan] = []
+
+    def noted(self: Plan, *arguments: Any) -> None:
+        add(self, *arguments)
+        planned.append(self)
+        raise KeyboardInterrupt  # nothing is to be run
+
+    add = Plan.add
+    monkeypatch.setattr(Plan, "add", noted)
+    with pytest.raises(KeyboardInterrupt):
+        main(["compare", "-c", "mine/many.yaml"])
+    commands = {cell.row: cell.command for cell in planned[0].cells}
+    assert "--config digits --config mine/ascent.yaml" in commands["Mine"]
+    assert "--config digits --config method/gradient_ascent" in commands["GA"]
+    assert "--trainer.default_root_dir runs/compare/many/ga/seed-1" in commands["GA"]

@@ -16,8 +16,7 @@ from salun_lightning.comparison.plan import Cell
 from salun_lightning.comparison.plots import plot_samples
 from salun_lightning.files import write_json
 
-CONFIGS = Path(__file__).parents[2] / "configs" / "digits"
-ROWS = {"original": "original.yaml", "Retrain": "retrain.yaml", "SalUn": "salun.yaml"}
+ROWS = {"original": "digits_diffusion/original", "Retrain": "digits_diffusion/retrain", "SalUn": "method/salun_diffusion"}
 CASES = ["3", "5"]
 PER_CLASS, SHOWN, CLASSES = 10, 8, ["3", "5", "7"]
 OPTIONS = {
@@ -26,35 +25,27 @@ OPTIONS = {
     "model.sampling.steps": 2,
     "model.evaluation.per_condition": PER_CLASS,
     "model.evaluation.conditions": CLASSES,
+    "model.network.init_args.block_out_channels": [8, 16],
+    "model.network.init_args.norm_num_groups": 4,
+    "model.evaluation.classifier.init_args.width": 8,
     "trainer.max_steps": 2,
-    "trainer.enable_progress_bar": False,
-    "trainer.enable_model_summary": False,
     "trainer.limit_test_batches": 2,
 }
 
 
 def write_configs(folder: Path) -> Path:
-    """The configurations of the repository, with narrow networks and a judge of one epoch."""
-    (folder / "diffusion").mkdir()
-    judge = {"class_path": "SmallResNet", "init_args": {"num_classes": 10, "width": 8}}
-    (folder / "network.yaml").write_text(yaml.safe_dump(judge))
-    for file in (CONFIGS / "diffusion").glob("*.yaml"):
-        settings = yaml.safe_load(file.read_text())
-        if file.name == "network.yaml":
-            settings["init_args"] |= {"block_out_channels": [8, 16], "norm_num_groups": 4}
-        if file.name == "judge.yaml":
-            settings["trainer"] |= {"max_epochs": 1, "enable_model_summary": False}
-        (folder / "diffusion" / file.name).write_text(yaml.safe_dump(settings))
-    rows = {name: {"config": f"diffusion/{file}"} for name, file in ROWS.items()}
+    """A comparison with narrow networks and a judge of one epoch."""
+    judge = {"model.network.init_args.width": 8, "trainer.max_epochs": 1}
     comparison = {
+        "task": "digits_diffusion",
         "out": str(folder / "out"),
         "seeds": [1],
         "cases": {case: {"data.forget.names": [case]} for case in CASES},
         "options": OPTIONS,
         "metrics": ["UA", "entropy", "FID", "acc"],
         "gap": False,
-        "first": {"judge": {"config": "diffusion/judge.yaml"}},
-        "rows": rows,
+        "first": {"judge": {"config": ["digits", "digits/judge"], "options": judge}},
+        "rows": ROWS,
     }
     (folder / "compare.yaml").write_text(yaml.safe_dump(comparison, sort_keys=False))
     return folder

@@ -23,8 +23,7 @@ from salun_lightning.comparison.schedule import CellsFailed, Schedule
 from salun_lightning.files import read_json, write_json
 
 ROOT = Path(__file__).parents[2]
-CONFIGS = ROOT / "configs" / "digits"
-ROWS = {"original": "original.yaml", "Retrain": "retrain.yaml", "SalUn": "salun.yaml", "FT": "finetune.yaml"}
+ROWS = {"original": "digits/original", "Retrain": "digits/retrain", "SalUn": "method/salun", "FT": "method/finetune"}
 
 
 @pytest.fixture
@@ -37,13 +36,10 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "model.network": str(tmp_path / "network.yaml"),
         "trainer.max_epochs": 1,
         "trainer.limit_train_batches": 2,
-        "trainer.limit_val_batches": 0,
-        "trainer.enable_progress_bar": False,
-        "trainer.enable_model_summary": False,
     }
-    rows: dict[str, Any] = {name: {"config": str(CONFIGS / file)} for name, file in ROWS.items()}
+    rows: dict[str, Any] = {name: {"config": file} for name, file in ROWS.items()}
     path = tmp_path / "compare.yaml"
-    settings = {"out": str(tmp_path / "out"), "seeds": [1], "options": options, "rows": rows}
+    settings = {"task": "digits", "out": str(tmp_path / "out"), "seeds": [1], "options": options, "rows": rows}
     path.write_text(yaml.safe_dump(settings, sort_keys=False))
     return path
 

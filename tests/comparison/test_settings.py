@@ -8,20 +8,20 @@ from typing import Any
 
 import pytest
 import yaml
-from jsonargparse.typing import Path_fr
 
 from salun_lightning.comparison import settings
-from salun_lightning.comparison.plan import Plan, Row
+from salun_lightning.comparison.plan import Plan
+from salun_lightning.comparison.rows import ConfigFile, Row
 
-CONFIGS = Path(__file__).parents[2] / "configs" / "digits"
+CONFIGS = Path(__file__).parents[2] / "configs"
 POSITIONS = "data.init_args.forget.init_args.positions"
 
 
 def keys(folder: Path, out: Path = Path("out"), **options: Any) -> dict[str, str]:
     """The keys of an original model, a retrained one, and one that starts from the original, by row."""
-    plan = Plan(out, options)
-    files = {"original": "original.yaml", "Retrain": "retrain.yaml", "SalUn": "salun.yaml"}
-    plan.add({row: Row(Path_fr(str(folder / file)), {}) for row, file in files.items()}, [1], {})
+    plan = Plan(out, options, task=[ConfigFile(str(folder / "digits.yaml"))])
+    files = {"original": "digits/original.yaml", "Retrain": "digits/retrain.yaml", "SalUn": "method/salun.yaml"}
+    plan.add({row: Row(ConfigFile(str(folder / file))) for row, file in files.items()}, [1], {})
     return {cell.row: cell.key for cell in plan.cells}
 
 
@@ -31,16 +31,13 @@ def changed(before: dict[str, str], after: dict[str, str]) -> set[str]:
 
 @pytest.fixture
 def configs(tmp_path: Path) -> Path:
-    """The configurations of the digits, with a list of what is to be forgotten that the datamodule's file names."""
-    folder = tmp_path / "configs"
-    folder.mkdir()
-    for name in ("original", "retrain", "salun", "network"):
-        shutil.copy(CONFIGS / f"{name}.yaml", folder)
-    data = yaml.safe_load((CONFIGS / "data.yaml").read_text())
+    """The configurations of the digits, with a list of what is to be forgotten that the task names."""
+    folder = Path(shutil.copytree(CONFIGS, tmp_path / "configs"))
+    task = yaml.safe_load((CONFIGS / "digits.yaml").read_text())
     positions = tmp_path / "positions.txt"
     positions.write_text("1\n2\n")
-    data["init_args"]["forget"] = {"class_path": "ForgetIndices", "init_args": {"positions": str(positions)}}
-    (folder / "data.yaml").write_text(yaml.safe_dump(data))
+    task["data"]["init_args"]["forget"] = {"class_path": "ForgetIndices", "init_args": {"positions": str(positions)}}
+    (folder / "digits.yaml").write_text(yaml.safe_dump(task))
     return folder
 
 
@@ -58,12 +55,12 @@ def test_another_list_of_images_to_forget_is_another_comparison(configs: Path, t
 
 def test_comments_and_places_change_nothing(configs: Path, tmp_path: Path) -> None:
     before = keys(configs)
-    for file in configs.glob("*.yaml"):
+    for file in configs.rglob("*.yaml"):
         file.write_text("# a remark\n" + file.read_text() + "\n\n")
     assert keys(configs, tmp_path / "elsewhere") == before
     shutil.copytree(configs, tmp_path / "moved")
     shutil.move(tmp_path / "positions.txt", tmp_path / "list.txt")
-    data = tmp_path / "moved" / "data.yaml"
+    data = tmp_path / "moved" / "digits.yaml"
     data.write_text(data.read_text().replace("positions.txt", "list.txt"))
     assert keys(tmp_path / "moved") == before
 
@@ -72,8 +69,8 @@ def test_a_default_written_out_changes_nothing_and_a_setting_does(configs: Path)
     before = keys(configs)
     assert keys(configs, **{"data.split_seed": 0}) == before
     assert changed(before, keys(configs, **{"data.split_seed": 1})) == {"original", "Retrain", "SalUn"}
-    text = (configs / "salun.yaml").read_text()
-    (configs / "salun.yaml").write_text(text.replace("ratio: 0.5", "ratio: 0.4"))
+    salun = configs / "method" / "salun.yaml"
+    salun.write_text(salun.read_text().replace("ratio: 0.5", "ratio: 0.4"))
     assert changed(before, keys(configs)) == {"SalUn"}
 
 
@@ -117,7 +114,7 @@ def test_whatever_file_a_setting_names_counts(tmp_path: Path, option: str, size:
 
     def key() -> str:
         plan = Plan(tmp_path / "out", options)
-        plan.add({"original": Row(Path_fr(str(CONFIGS / "original.yaml")), {})}, [1], {})
+        plan.add({"original": Row([ConfigFile("digits"), ConfigFile("digits/original")])}, [1], {})
         return plan.cells[0].key
 
     before = key()
@@ -157,7 +154,7 @@ def test_the_folder_of_the_comparison_does_not_count_as_a_part_of_others(tmp_pat
 def test_a_second_start_does_not_parse(configs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The parser needs Lightning, whose import takes seconds."""
     plan = Plan(tmp_path / "out", {})
-    rows = {"Retrain": Row(Path_fr(str(configs / "retrain.yaml")), {})}
+    rows = {"Retrain": Row([ConfigFile(str(configs / name)) for name in ("digits.yaml", "digits/retrain.yaml")])}
     plan.add(rows, [1], {})
     plan.reader.save()
     monkeypatch.setattr(settings, "_read", {})
@@ -165,6 +162,15 @@ def test_a_second_start_does_not_parse(configs: Path, tmp_path: Path, monkeypatc
     again = Plan(tmp_path / "out", {})
     again.add(rows, [1], {})
     assert again.cells[0].key == plan.cells[0].key
+
+
+def test_only_another_release_of_this_package_counts(configs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("salun_lightning.__version__", "1.2.3")
+    before = keys(configs)
+    monkeypatch.setattr("salun_lightning.__version__", "1.2.4")
+    assert keys(configs) == before
+    monkeypatch.setattr("salun_lightning.__version__", "1.3.0")
+    assert changed(before, keys(configs)) == {"original", "Retrain", "SalUn"}
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ def test_the_script_writes_a_request(script: ModuleType, tmp_path: Path, capsys:
 
 def test_the_shipped_request(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)  # the file lies beside the configuration, wherever that is called from
-    cli = UnlearningCLI([f"--config={DIGITS}/retrain.yaml", f"--data={DIGITS}/memorised.yaml"], run=False)
+    cli = UnlearningCLI([f"--config={DIGITS}.yaml", f"--config={DIGITS}/retrain.yaml"], run=False)
     cli.datamodule.setup()
     positions = [int(line) for line in (DIGITS / "memorised.txt").read_text().splitlines() if not line.startswith("#")]
     assert cli.datamodule.forget_indices.tolist() == positions

@@ -130,8 +130,8 @@ def test_a_checkpoint_of_another_class(configured: Path) -> None:
 def test_a_checkpoint_of_a_diffusion_model(tmp_path: Path) -> None:
     short = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=1", "--trainer.limit_val_batches=0"]
     quiet = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.accelerator=cpu"]
-    configuration = Path(__file__).parents[2] / "configs/digits/diffusion/retrain.yaml"
-    cli = main(["fit", f"--config={configuration}", *short, *quiet, f"--trainer.default_root_dir={tmp_path}"])
+    configurations = ["--config=digits_diffusion", "--config=digits_diffusion/retrain"]
+    cli = main(["fit", *configurations, *short, *quiet, f"--trainer.default_root_dir={tmp_path}"])
     module = type(cli.model).load_from_checkpoint(tmp_path / "checkpoints" / "last.ckpt")
     assert module.sampling == cli.model.sampling
     assert same(weights(module.network), weights(cli.model.network))

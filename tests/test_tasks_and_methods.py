@@ -1,0 +1,206 @@
+"""Each method that ships is run on each task, and all other configurations. A new file needs no new test."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from salun_lightning import SaliencyMask
+from salun_lightning.cli import main
+from salun_lightning.comparison import settings
+from salun_lightning.comparison.plan import Plan
+from salun_lightning.comparison.rows import Row
+from salun_lightning.configurations import SHIPPED
+from salun_lightning.lightning_cli import UnlearningCLI
+
+NAMES = sorted(str(path.relative_to(SHIPPED).with_suffix("")) for path in SHIPPED.rglob("*.yaml"))
+TEXTS = {name: (SHIPPED / f"{name}.yaml").read_text(encoding="utf-8") for name in NAMES}
+TASKS = [name for name in NAMES if "/" not in name]
+METHODS = [name for name in NAMES if name.startswith("method/")]
+TUNED = [name for name in NAMES if "/tuned/" in name]
+COMPARISONS = [name for name in NAMES if name.startswith("compare/") or name.endswith("/compare")]
+BESIDE = [name for name in NAMES if name.partition("/")[0] in TASKS and name not in {*TASKS, *TUNED, *COMPARISONS}]
+FOR_DIFFUSION = {name for name in METHODS if "diffusion" in TEXTS[name].splitlines()[0].lower()}
+QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.accelerator=cpu"]
+NETWORK = {"class_path": "SmallResNet", "init_args": {"num_classes": 10, "in_channels": 3, "width": 4, "stages": 1}}
+SMALLER = {  # of methods that are slow by themselves
+    "ESD": ["--model.method.steps=2"],
+    "SelectiveAmnesia": ["--model.method.images=2", "--model.method.timesteps=2"],
+}
+
+
+class Tiny:
+    """Twenty colour images of ten classes, in the place of CIFAR-10 or STL-10."""
+
+    size = 8
+
+    def __init__(self, root: str, train: bool = True, split: str = "train", download: bool = False) -> None:
+        generator = torch.Generator().manual_seed(int(train and split == "train"))
+        pixels = torch.randint(0, 256, (20, self.size, self.size, 3), generator=generator, dtype=torch.uint8)
+        self.data: Any = pixels.numpy()
+        self.targets = [i % 10 for i in range(20)]
+        self.classes = ["airplane", *(f"class{i}" for i in range(1, 10))]
+
+
+class TinySTL(Tiny):
+    size = 16
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.data, self.labels = self.data.transpose(0, 3, 1, 2), np.array(self.targets)
+
+
+def draws(task: str) -> bool:
+    return "ClassDiffusion" in TEXTS[task]
+
+
+def small(task: str, folder: Path) -> list[str]:
+    """Options that make a run of the task short."""
+    options = [*QUIET, "--trainer.precision=32-true", "--trainer.callbacks=null", "--data.batch_size=8"]
+    content = yaml.safe_load(TEXTS[task])
+    if content["data"]["class_path"] == "ImageFolderDataModule":
+        options.append(f"--data.root={folder}/images")
+    if "image_size" in content["data"]["init_args"]:
+        options.append("--data.image_size=16")
+    if draws(task):
+        options.append("--model.sampling.steps=2")
+    elif task != "digits":
+        options.append(f"--model.network={json.dumps(NETWORK)}")
+    network = content["model"]["init_args"]["network"]["init_args"]
+    if "attention_head_dim" in network:
+        widths = [8] * len(network["block_out_channels"])
+        unet = {"block_out_channels": widths, "attention_head_dim": 8, "norm_num_groups": 4, "layers_per_block": 1}
+        options += [f"--model.network.init_args.{name}={value}" for name, value in unet.items()]
+    return options
+
+
+def configured(*names: str) -> list[str]:
+    return [f"--config={name}" for name in names]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where images lie, with small data sets in the place of large ones."""
+    folder = tmp_path_factory.mktemp("place")
+    data = Tiny("")
+    for split in ("train", "test"):
+        for number, (pixels, target) in enumerate(zip(data.data, data.targets, strict=True)):
+            path = folder / "images" / split / data.classes[target] / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("salun_lightning.data.cifar.CIFAR10DataModule.dataset", Tiny)
+        patch.setattr("salun_lightning.data.stl10.STL10", TinySTL)
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def originals(place: Path) -> dict[str, Path]:
+    """An original model of each task, hardly trained."""
+    folders = {task: place / task for task in TASKS}
+    for task, folder in folders.items():
+        beside = configured(task, *[name for name in BESIDE if name == f"{task}/original"])
+        quick = [*small(task, place), "--trainer.max_steps=1", "--trainer.limit_val_batches=0", "--model.original=null"]
+        main(["fit", *beside, *quick, f"--trainer.default_root_dir={folder}"])
+    return {task: folder / "checkpoints" / "last.ckpt" for task, folder in folders.items()}
+
+
+def test_every_file_is_of_a_kind() -> None:
+    assert sorted([*TASKS, *METHODS, *TUNED, *COMPARISONS, *BESIDE]) == NAMES
+    assert {f"method/{name.rpartition('/')[2]}" for name in TUNED} <= set(METHODS)
+    assert 0 < len(FOR_DIFFUSION) < len(METHODS)
+    assert {draws(task) for task in TASKS} == {True, False}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("task", TASKS)
+def test_each_method_runs_on_each_task_that_it_fits(
+    task: str, method: str, originals: dict[str, Path], place: Path, tmp_path: Path
+) -> None:
+    """What a method's file calls a method for diffusion is refused in one sentence by a classifier."""
+    options = [*small(task, place), f"--model.original={originals[task]}", f"--trainer.default_root_dir={tmp_path}"]
+    options += [word for name, words in SMALLER.items() if name in TEXTS[method] for word in words]
+    command = ["fit", *configured(task, method), *options, "--trainer.fast_dev_run=1"]
+    if method in FOR_DIFFUSION and not draws(task):
+        with pytest.raises(ValueError, match=r"^\w+ is a method for diffusion models; ImageClassifier is none\.$"):
+            main(command)
+        return
+    cli = main(command)
+    assert cli.trainer.global_step == 1
+    assert type(cli.model.method).__name__ in TEXTS[method]
+    assert ("saliency" in TEXTS[method]) == (cli.config_init["fit"]["saliency"] is not None)
+
+
+@pytest.mark.parametrize("name", [name for name in BESIDE if not name.endswith("/original")])
+def test_what_lies_beside_a_task_runs(name: str, originals: dict[str, Path], place: Path, tmp_path: Path) -> None:
+    task = name.partition("/")[0]
+    options = [*small(task, place), f"--trainer.default_root_dir={tmp_path}", "--trainer.fast_dev_run=1"]
+    options += [] if "model.original: null" in TEXTS[name] else [f"--model.original={originals[task]}"]
+    assert main(["fit", *configured(task, name), *options]).trainer.global_step == 1
+
+
+@pytest.mark.parametrize("name", TUNED)
+def test_what_was_tuned_fits_its_method(name: str, place: Path) -> None:
+    task, _, method = name.split("/")
+    cli = UnlearningCLI([*configured(task, f"method/{method}", name), *small(task, place)], run=False)
+    assert type(cli.model.method).__name__ in TEXTS[f"method/{method}"]
+    rate = yaml.safe_load(TEXTS[name]).get("model.optimizer.lr")
+    assert rate in (None, cli.model.configure_optimizers().param_groups[0]["lr"])
+
+
+@pytest.mark.parametrize("name", [name for name in COMPARISONS if "rows:" in TEXTS[name]])
+def test_every_row_of_a_comparison_is_accepted(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of rows that differ in values alone, one."""
+    planned: list[tuple[Plan, dict[str, Row], Any]] = []
+
+    def noted(plan: Plan, rows: dict[str, Row], seeds: Any, cases: Any) -> None:
+        planned.append((plan, rows, cases))
+        raise KeyboardInterrupt
+
+    add = Plan.add
+    monkeypatch.setattr(Plan, "add", noted)
+    with pytest.raises(KeyboardInterrupt):
+        main(["compare", "-c", name.removeprefix("compare/"), f"--out={tmp_path}"])
+    ((plan, rows, cases),) = planned
+    kinds = {(*row.files, *row.options): name for name, row in rows.items()}
+    add(plan, {name: rows[name] for name in {"original", *kinds.values()}}, [1], dict(list(cases.items())[-1:]))
+    assert {cell.row for cell in plan.cells} == {"original", *kinds.values()}
+    assert all((cell.original is None) == ("etrain" in cell.row or cell.row == "original") for cell in plan.cells)
+
+
+def test_the_main_job_runs_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(settings, "_read", {})
+    quick = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--trainer.accelerator=cpu"]
+    report = main(["compare", "-c", "digits", "--seeds=1", "--only=[Retrain, SalUn]", "--", *quick])
+    assert [cell["row"] for cell in report["cells"]] == ["original", "Retrain", "SalUn"]
+    assert [cell["mask"]["drift"] for cell in report["cells"] if cell["row"] == "SalUn"] == [0]
+    out = tmp_path / "runs" / "compare" / "digits"
+    assert report["cells"][2]["command"].startswith("python train.py fit ")
+    assert "--config digits --config method/salun --config digits/tuned/salun" in report["cells"][2]["command"]
+    mask = SaliencyMask.load(out / "salun" / "seed-1" / "checkpoints" / "last.ckpt")
+    assert mask.num_kept == mask.num_weights // 2
+
+
+def test_networks_and_recipes_of_the_paper(place: Path) -> None:
+    words = configured("cifar10", "method/salun", "cifar10/tuned/salun")
+    cli = UnlearningCLI([*words, *QUIET, "--trainer.precision=32-true"], run=False)
+    assert sum(weight.numel() for weight in cli.model.parameters()) == 11_173_962
+    assert cli.trainer.max_epochs == 10
+    optimizer = cli.model.make_optimizer(cli.model.parameters())
+    assert (optimizer.defaults["lr"], optimizer.defaults["momentum"], optimizer.defaults["weight_decay"]) == (0.013, 0.9, 5e-4)
+    assert cli.config_init["saliency"].ratio == 0.5
+    words = configured("cifar10_diffusion", "method/salun_diffusion", "cifar10_diffusion/tuned/salun_diffusion")
+    cli = UnlearningCLI([*words, *QUIET, "--trainer.precision=32-true"], run=False)
+    assert list(cli.model.network.config.block_out_channels) == [128, 256, 256, 256]
+    assert cli.trainer.max_steps == 1000
+    assert cli.model.method.alpha == pytest.approx(1e-3 * 3 * 32 * 32)
+    assert cli.model.process.config.num_train_timesteps == 1000
+    assert cli.model.sampling.guidance - 1 == 2  # w
+    assert cli.config_init["saliency"].ratio == 0.5
