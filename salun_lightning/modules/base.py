@@ -51,8 +51,7 @@ class UnlearningModule(LightningModule, ABC):
         ValueError: The method is not for this kind of model, or no weight is trained.
     """
 
-    kind: Kind = "any"
-    """The kind of model, which methods ask for."""
+    kind: Kind = "any"  # of model; methods may be for one kind only
 
     def __init__(
         self,
@@ -115,8 +114,8 @@ class UnlearningModule(LightningModule, ABC):
 
     @override
     def setup(self, stage: str) -> None:
-        if stage != "fit":
-            return  # it is not known yet whether a checkpoint will be loaded
+        if stage != "fit":  # it is not known yet whether a checkpoint will be loaded
+            return
         used = self._started  # the network may hold other weights, of training or of a test before
         self._load_original()  # before the strategy wraps or shards the network; a resumed run restores its own weights later
         if self.method.needs_original:
@@ -149,9 +148,7 @@ class UnlearningModule(LightningModule, ABC):
             MisconfigurationException: The method does not, or nothing is trained.
         """
         if self._reference is None:
-            raise MisconfigurationException(
-                "There is no original model to refer to: only methods with needs_original keep one."
-            )
+            raise MisconfigurationException("There is no original model to refer to: only for methods with needs_original.")
         return self._reference.network
 
     @override
@@ -195,10 +192,7 @@ class UnlearningModule(LightningModule, ABC):
 
     def _start_evaluation(self) -> None:
         if self.original is not None and not self._started:
-            rank_zero_warn(
-                f"Nothing was trained or loaded, so the original model '{self.original}' is evaluated. For another, give its"
-                " checkpoint as ckpt_path."
-            )
+            warn_of_original(self.original)
         self._load_original()
         self.check_network()
 
@@ -231,10 +225,17 @@ class UnlearningModule(LightningModule, ABC):
         optimizer = self.make_optimizer(parameter for parameter in self.parameters() if parameter.requires_grad)
         if self.make_lr_scheduler is None:
             return optimizer
-        scheduler = self.make_lr_scheduler(optimizer)
-        monitor = getattr(scheduler, "monitor", None)  # of Lightning's ReduceLROnPlateau
-        how = {"scheduler": scheduler, "interval": self.lr_interval, "monitor": monitor}
+        scheduler = self.make_lr_scheduler(optimizer)  # Lightning's ReduceLROnPlateau has a monitor
+        how = {"scheduler": scheduler, "interval": self.lr_interval, "monitor": getattr(scheduler, "monitor", None)}
         return {"optimizer": optimizer, "lr_scheduler": how}
+
+
+def warn_of_original(original: str | os.PathLike[str]) -> None:
+    """Say that it is the original model that is evaluated, which may have been meant otherwise."""
+    rank_zero_warn(
+        f"Nothing was trained or loaded, so the original model '{original}' is evaluated. For another, give its checkpoint as"
+        " ckpt_path."
+    )
 
 
 def check_training_set(checkpoint: Mapping[str, Any], datamodule: Any) -> None:

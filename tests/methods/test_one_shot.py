@@ -15,6 +15,7 @@ from salun_lightning.methods import SSD, OneShot
 from salun_lightning.modules import ImageClassifier
 from salun_lightning.saliency import SaliencyMask, SaliencyMasking
 from salun_lightning.weights import weights_of
+from tests.modules.small_diffusion import diffusion, images
 from tests.modules.small_runs import same, trainer, weights
 from tests.small import small_datamodule
 
@@ -167,3 +168,20 @@ def test_one_epoch_of_one_batch_is_one_step(tmp_path: Path) -> None:
 def test_numbers_out_of_range(settings: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=r"^alpha and dampening must not be negative"):
         SSD(**settings)
+
+
+def test_ssd_edits_a_diffusion_model_and_repeats(tmp_path: Path) -> None:
+    """Noise and timestep of a sample depend on its number alone, so the edit does not depend on what was drawn before."""
+
+    def run() -> tuple[Kept, nn.Module]:
+        method = Kept(alpha=1.0)
+        module = diffusion(method=method, optimizer=plain_step)
+        trainer(tmp_path, max_steps=1).fit(module, datamodule=images(count=9))
+        return method, module.network
+
+    method, edited_network = run()
+    for name, weight in edited_network.named_parameters():
+        assert torch.equal(weight, method.before[name] + method.added[name]), name
+    assert any(added.any() for added in method.added.values())
+    torch.rand(3)
+    assert same(run()[0].added, method.added)
