@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from salun_lightning.comparison.forgetting import moved, write_thumbnails
 from salun_lightning.comparison.observers import Passes, Samples
 from salun_lightning.comparison.plan import Cell
-from salun_lightning.evidence.measures import figures
+from salun_lightning.evidence.gaps import METRICS
 from salun_lightning.files import read_json, set_aside, tensors_fault, write_json
 from salun_lightning.lightning_cli import UnlearningCLI
 from salun_lightning.saliency import SaliencyMasking
@@ -53,7 +53,7 @@ def run(cell: Cell) -> dict[str, Any]:
     )
     samples.save(cell.samples)
     predictions = getattr(cli.model, "predictions", None)
-    computed = figures(predictions) if predictions is not None else {}
+    computed = {*METRICS, *(f"test/{name}/acc" for name in predictions.sets)} if predictions is not None else {}
     class_names = list(getattr(cli.datamodule, "class_names", []))
     result = {
         **known,
