@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from salun_lightning.comparison.forgetting import moved, write_thumbnails
 from salun_lightning.comparison.observers import Passes, save_images
 from salun_lightning.comparison.plan import Cell
-from salun_lightning.evidence.measures import figures
+from salun_lightning.evidence.gaps import METRICS
 from salun_lightning.files import read_json, read_torch, set_aside, tensors_fault, write_json
 from salun_lightning.lightning_cli import UnlearningCLI
 from salun_lightning.saliency import SaliencyMasking
@@ -53,7 +53,7 @@ def run(cell: Cell) -> dict[str, Any]:
     evaluation, predictions = (getattr(cli.model, name, None) for name in ("evaluation", "predictions"))
     examples = getattr(evaluation, "examples", {})
     save_images(examples, cell.samples)
-    computed = figures(predictions) if predictions is not None else {}
+    computed = {*METRICS, *(f"test/{name}/acc" for name in predictions.sets)} if predictions is not None else {}
     class_names = list(getattr(cli.datamodule, "class_names", []))
     result = {
         **known,

@@ -39,7 +39,7 @@ def _drawn(drawings: Mapping[str, Callable[[Any], None]], out: Path) -> list[Pat
     paths = []
     for name, draw in drawings.items():
         draw(plt)
-        plt.savefig(out / name, dpi=130, bbox_inches="tight")
+        plt.gcf().savefig(out / name, dpi=130, bbox_inches="tight")  # that of pyplot would draw it once more
         plt.close()
         paths.append(out / name)
     return paths

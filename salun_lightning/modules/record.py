@@ -1,5 +1,6 @@
 """What a checkpoint says of the run that made it: method, seed, and how the network was made."""
 
+import functools
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -66,11 +67,17 @@ def _configuration(trainer: Trainer) -> dict[str, Any] | None:
     """Class and arguments of the model, where LightningCLI made it."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, SaveConfigCallback):
-            model: dict[str, Any] = yaml.safe_load(callback.parser.dump(callback.config))["model"]
-            if "class_path" in model:
-                model.setdefault("init_args", {}).pop("original", None)  # the checkpoint has weights of its own
-                return model
+            return _model_in(callback)
     return None
+
+
+@functools.lru_cache(maxsize=1)  # a run asks at each checkpoint, and the parser takes its time
+def _model_in(callback: SaveConfigCallback) -> dict[str, Any] | None:
+    model: dict[str, Any] = yaml.safe_load(callback.parser.dump(callback.config))["model"]
+    if "class_path" not in model:
+        return None
+    model.setdefault("init_args", {}).pop("original", None)  # the checkpoint has weights of its own
+    return model
 
 
 def arguments_from(kind: type[LightningModule], checkpoint: Mapping[str, Any]) -> dict[str, Any]:

@@ -59,18 +59,18 @@ def compare(folder: Path, *arguments: str) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A finished comparison, and the texts of the figures it drew, by file."""
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     folder = write_configs(tmp_path_factory.mktemp("diffusion"))
     texts: dict[str, list[str]] = {}
-    save = plt.savefig
+    save = Figure.savefig
 
-    def noted(path: Path, **kwargs: Any) -> None:
-        texts[path.name] = _texts(plt.gcf())
-        save(path, **kwargs)
+    def noted(figure: Figure, path: Path, **kwargs: Any) -> None:
+        texts[path.name] = _texts(figure)
+        save(figure, path, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plt, "savefig", noted)
+        patch.setattr(Figure, "savefig", noted)
         compare(folder)
     (folder / "texts.json").write_text(json.dumps(texts))
     return folder
@@ -254,17 +254,17 @@ def sampled(out: Path, row: str, seed: int, case: str, metrics: dict[str, float]
 
 
 def test_the_grids_are_of_the_first_seed_and_each_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     texts, greys = {}, {}
-    save = plt.savefig
+    save = Figure.savefig
 
-    def noted(path: Path, **kwargs: Any) -> None:
-        texts[path.name] = set(_texts(plt.gcf()))
-        greys[path.name] = [round(255 * float(axis.images[0].get_array().max())) for axis in plt.gcf().axes]
-        save(path, **kwargs)
+    def noted(figure: Figure, path: Path, **kwargs: Any) -> None:
+        texts[path.name] = set(_texts(figure))
+        greys[path.name] = [round(255 * float(axis.images[0].get_array().max())) for axis in figure.axes]
+        save(figure, path, **kwargs)
 
-    monkeypatch.setattr(plt, "savefig", noted)
+    monkeypatch.setattr(Figure, "savefig", noted)
     metrics = {"acc/cat": 96.6}
     places = [(row, seed, case) for row in ("original", "ESD") for seed in (2, 1) for case in ("a b", "c")]
     cells = [sampled(tmp_path, *place, metrics) for place in places if place != ("ESD", 1, "c")]
