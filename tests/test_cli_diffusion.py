@@ -9,7 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from salun_lightning import SaliencyMask
+from salun_lightning import ClassDiffusion, SaliencyMask
 from salun_lightning.cli import main
 
 ORIGINAL, FINETUNE, SALUN = (
@@ -79,6 +79,8 @@ def test_a_pipeline_directory_is_written_and_started_from(original: Path, tmp_pa
     saved = torch.load(original / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     for name, weight in pipeline.unet.state_dict().items():
         assert torch.equal(weight, saved[f"network.{name}"])
+    again = ClassDiffusion.load_from_checkpoint(original / "checkpoints" / "last.ckpt")
+    assert again.evaluation.per_condition == 100  # made from what the checkpoint says
 
 
 def test_random_mask_and_other_methods_are_a_line_each(original: Path, tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def test_labels_are_never_dropped() -> None:
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_a_model_without_a_null_class(guidance: float) -> None:
-    module = model(null_class=None)
+    module = model(network=unet(num_class_embeds=3), null_class=None)
     with pytest.raises(ValueError, match="needs a null class, and the model has none: give null_class"):
         ESD(start_guidance=guidance).loss(module, {"forget": SAMPLES})
 
