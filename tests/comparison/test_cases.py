@@ -141,6 +141,19 @@ def test_options_of_a_case_go_over_the_common_ones_and_those_of_a_row_over_both(
     assert "--trainer.max_steps 2 --seed_everything 7 --data.batch_size 16" in plan.cells[0].command
 
 
+def test_a_row_may_have_options_for_single_cases() -> None:
+    plan = Plan(Path("out"), OPTIONS, [], files("digits_diffusion"))
+    plan.add_first({"judge": judging()})
+    of_case = {"a 5": {"trainer.max_steps": 7}}
+    own = Row(files("digits_diffusion/retrain"), {"trainer.max_steps": 5}, cases=of_case)
+    rows, _, _ = all_rows({"Retrain": own}, "Retrain", 1, {})
+    plan.add(rows, [1], CASES)
+    steps = {(cell.row, cell.case): cell.arguments[cell.arguments.index("--trainer.max_steps") + 1] for cell in plan.cells}
+    assert steps == {(name, case): "7" if case == "a 5" else "5" for name in ("Retrain", "Retrain again") for case in CASES}
+    with pytest.raises(ValueError, match=r"^Row 'Retrain' has options for the case 'a 5', which is not among 'cases'\.$"):
+        plan.add(rows, [1], {"three": CASES["three"]})
+
+
 def test_placeholders_of_models_trained_first() -> None:
     plan = planned(first={"encoder": judging(), "judge": judging(**{"model.original": "{encoder}"})})
     encoder, judge = plan.first
