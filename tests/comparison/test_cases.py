@@ -137,7 +137,7 @@ def test_another_training_set_has_an_original_of_its_own() -> None:
 def test_options_of_a_case_go_over_the_common_ones_and_those_of_a_row_over_both() -> None:
     plan = Plan(Path("out"), {"trainer.max_steps": 1, "seed_everything": "{seed}"})
     cases = {"x": {"trainer.max_steps": 2, "data.batch_size": 8}}
-    plan.add({"Retrain": row("digits", **{"data.batch_size": 16})}, [7], cases)
+    plan.add({"Retrain": row("digits", "digits/retrain", **{"data.batch_size": 16})}, [7], cases)
     assert "--trainer.max_steps 2 --seed_everything 7 --data.batch_size 16" in plan.cells[0].command
 
 
