@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, get_args
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
 from salun_lightning.data.forget import ForgetRequest
-from salun_lightning.data.order import FixedOrder, Order, TrainingOrder, run_seed
+from salun_lightning.data.order import FixedOrder, Order, TrainingOrder, published_order, run_seed
 from salun_lightning.data.samples import SampleBatches, Samples, Transform, loader_of
-from salun_lightning.data.split import check_made_with, check_training_set, digests, retained, validation_split
+from salun_lightning.data.split import check_made_with, check_split, digests, split_of
 from salun_lightning.data.targets import names_of, targets_of
 from salun_lightning.data.wrong_labels import WrongLabels, relabelled
 
@@ -34,8 +34,7 @@ class ForgetRetainDataModule(LightningDataModule):
     """Splits the training set into what is to be forgotten and what is to be retained.
 
     One split serves training, retraining, unlearning and evaluation: it follows from the data, ``val_fraction``,
-    ``split_seed`` and the forget request alone. Its digest goes into each checkpoint, and a checkpoint made with another split
-    is refused.
+    ``split_seed`` and the forget request alone. A checkpoint carries its digest, and one made with another split is refused.
 
     A training batch is a dictionary with the parts ``forget`` and ``retain`` (each :class:`Samples`), of which either may be
     absent. Evaluation loaders are dictionaries by set: ``forget``, ``retain``, ``val``, ``test`` and, when whole classes are
@@ -89,14 +88,9 @@ class ForgetRetainDataModule(LightningDataModule):
         wrong_labels: WrongLabels | None = None,
     ) -> None:
         super().__init__()
-        if forget is None and wrong_labels is None:
-            raise ValueError("It is not said what is to be forgotten. Give forget, or wrong_labels.")
-        if not 0 <= val_fraction < 1:
-            raise ValueError(f"val_fraction must be at least 0 and below 1, got {val_fraction}.")
+        check_split(forget, wrong_labels, val_fraction, split_seed)
         if batch_size < 1:
             raise ValueError(f"batch_size must be positive, got {batch_size}.")
-        if not 0 <= split_seed < 2**32:
-            raise ValueError(f"split_seed must be a whole number from 0 to 2^32 - 1, got {split_seed}.")
         if num_workers < 0:
             raise ValueError(f"num_workers must not be negative, got {num_workers}.")
         self.forget = forget
@@ -127,25 +121,20 @@ class ForgetRetainDataModule(LightningDataModule):
             return
         train, test, class_names = self.load()
         given, key = self.targets or (None, None), self.keys[1]
-        self._train_targets = targets_of(train, given[0], key)
+        true = targets_of(train, given[0], key)
         test_targets = torch.empty(0, dtype=torch.int64) if test is None else targets_of(test, given[1], key)
-        self.class_names = names_of(class_names, self._train_targets, test_targets)
-        true = self._train_targets
-        val, trained = validation_split(true, len(self.class_names), self.val_fraction, self.split_seed)
+        self.class_names = names_of(class_names, true, test_targets)
+        split = split_of(true, self.class_names, self.forget, self.wrong_labels, self.val_fraction, self.split_seed)
         if self.wrong_labels is not None:
-            self._train_targets = self.wrong_labels.labels(true, self.class_names, trained)
-            train = relabelled(train, true, self._train_targets, key)
-        self._train = train
-        wrong = (self._train_targets != true).nonzero().flatten()
-        asked = self.forget
-        self.forget_indices = wrong if asked is None else asked.indices(self._train_targets, self.class_names, trained)
-        self.retain_indices = retained(self.forget_indices, trained)
-        self.forgotten_classes = [] if asked is None else asked.classes(self.class_names)
+            train = relabelled(train, true, split.targets, key)
+        self._train, self._train_targets = train, split.targets
+        self.forget_indices, self.retain_indices = split.forget, split.retain
+        self.forgotten_classes = [] if self.forget is None else self.forget.classes(self.class_names)
         gone = torch.isin(test_targets, torch.tensor(self.forgotten_classes))
         self._sets = {
             "forget": (train, self._train_targets, self.forget_indices),
             "retain": (train, self._train_targets, self.retain_indices),
-            "val": (train, self._train_targets, val),
+            "val": (train, self._train_targets, split.val),
             "test": (test, test_targets, (~gone).nonzero().flatten()),
             "test_forget": (test, test_targets, gone.nonzero().flatten()),
         }
@@ -175,22 +164,13 @@ class ForgetRetainDataModule(LightningDataModule):
         """Refuse a checkpoint that was made with another split; see ``check_made_with``."""
         check_made_with(state_dict, self.state_dict(), self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING)
 
-    def check_training_set(self, state_dict: Mapping[str, str]) -> None:
-        """Refuse an original model that was trained on another training set; see ``check_training_set``."""
-        check_training_set(state_dict, self.split)
-
     def _training_order(self) -> Order:
-        if self.order is not None:
-            return self.order
-        published: Order = getattr(self.trainer.lightning_module, "order", "paired") if self.trainer is not None else "paired"
-        return published if published in get_args(Order) else "paired"  # a module of another project may mean something else
+        return published_order(self.trainer) if self.order is None else self.order
 
     @override
     def train_dataloader(self) -> DataLoader[Any]:
         order = self._training_order()
-        marked = torch.zeros(len(self._train_targets), dtype=torch.bool)
-        if order != "all":
-            marked[self.forget_indices] = True
+        marked = torch.isin(torch.arange(len(self._train_targets)), self.forget_indices) & (order != "all")
         sampler = TrainingOrder(self.forget_indices, self.retain_indices, order, self.batch_size, run_seed(), *self._replicas())
         if self.trainer is not None:  # of a resumed run, worker processes fetch batches before Lightning tells the epoch
             sampler.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
@@ -198,8 +178,7 @@ class ForgetRetainDataModule(LightningDataModule):
 
     def forget_dataloader(self) -> DataLoader[Any]:
         """The forget set for the saliency pass: all of it on every process, in order, with evaluation transforms."""
-        marked = torch.ones(len(self._train_targets), dtype=torch.bool)
-        samples = self._training_samples(self.eval_transform, marked)
+        samples = self._training_samples(self.eval_transform, torch.ones(len(self._train_targets), dtype=torch.bool))
         return self._loader(samples, FixedOrder(self.forget_indices, self.batch_size))
 
     def set_dataloader(self, name: str) -> DataLoader[Any]:
@@ -232,7 +211,7 @@ class ForgetRetainDataModule(LightningDataModule):
 
     @override
     def predict_dataloader(self) -> Any:
-        """All sets, unless the module brings loaders of its own: one that generates is not asked about images."""
+        """All sets, unless the module brings loaders of its own, as one that generates images does."""
         module = getattr(self.trainer, "lightning_module", None)
         if module is not None and is_overridden("predict_dataloader", module):
             return module.predict_dataloader()
@@ -250,5 +229,4 @@ class ForgetRetainDataModule(LightningDataModule):
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer is not None else (1, 0)
 
     def _loader(self, batches: SampleBatches, sampler: TrainingOrder | FixedOrder) -> DataLoader[Any]:
-        device = None if self.trainer is None else self.trainer.strategy.root_device
-        return loader_of(batches, sampler, self.num_workers, device)
+        return loader_of(batches, sampler, self.num_workers, self.trainer.strategy.root_device if self.trainer else None)

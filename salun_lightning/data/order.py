@@ -23,6 +23,13 @@ def epoch_seed(seed: int, epoch: int, rank: int) -> int:
 Order = Literal["paired", "sequential", "mixed", "forget", "retain", "all"]
 
 
+def published_order(trainer: Any) -> Order:
+    """The order that the method of the trained module was published with; ``paired`` where there is none."""
+    module = None if trainer is None else trainer.lightning_module
+    order: Order = getattr(module, "order", "paired")
+    return order if order in get_args(Order) else "paired"  # a module of another project may mean something else
+
+
 class TrainingOrder(DistributedSampler[Any]):
     """Yields the positions of one training batch after the other.
 

@@ -1,12 +1,16 @@
 """The split into what is trained on and what is for validation, and the digest that a checkpoint is told apart by."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
+
+from salun_lightning.data.forget import ForgetRequest
+from salun_lightning.data.wrong_labels import WrongLabels
 
 
 def validation_split(targets: Tensor, num_classes: int, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -36,21 +40,59 @@ def digest(*arrays: Tensor) -> str:
     return hashed.hexdigest()[:16]
 
 
-def retained(forget: Tensor, trained: Tensor) -> Tensor:
-    """What is left of the training set without the forget set: positions, ascending.
+class Split(NamedTuple):
+    """What is trained on, what of it is forgotten, and what is for validation: positions in the training data, ascending."""
 
-    Args:
-        forget: Positions of the forget set.
-        trained: Positions of the training set.
+    targets: Tensor
+    """The class that each image is trained with, int64 of shape (N,)."""
+    val: Tensor
+    forget: Tensor
+    retain: Tensor
+
+
+def check_split(forget: ForgetRequest | None, wrong_labels: WrongLabels | None, val_fraction: float, seed: int) -> None:
+    """Refuse what no split can be made of.
 
     Raises:
-        ValueError: Either of the two parts is empty.
+        ValueError: It is not said what is to be forgotten, or a number is out of range.
     """
-    retain = trained[~torch.isin(trained, forget)]
-    for name, positions in (("forget", forget), ("retain", retain)):
+    if forget is None and wrong_labels is None:
+        raise ValueError("It is not said what is to be forgotten. Give forget, or wrong_labels.")
+    if not 0 <= val_fraction < 1:
+        raise ValueError(f"val_fraction must be at least 0 and below 1, got {val_fraction}.")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"split_seed must be a whole number from 0 to 2^32 - 1, got {seed}.")
+
+
+def split_of(
+    true: Tensor,
+    class_names: Sequence[str],
+    forget: ForgetRequest | None,
+    wrong_labels: WrongLabels | None,
+    val_fraction: float,
+    seed: int,
+) -> Split:
+    """Divide the training data.
+
+    Args:
+        true: The class of each image, int64 of shape (N,).
+        class_names: The name of each class.
+        forget: What is to be forgotten; None for the images that are labelled wrong.
+        wrong_labels: Which labels are replaced, after the images for validation were set aside.
+        val_fraction: How much of each class is set aside.
+        seed: Seed of that draw.
+
+    Raises:
+        ValueError: Nothing is left to forget, or to retain.
+    """
+    val, trained = validation_split(true, len(class_names), val_fraction, seed)
+    targets = true if wrong_labels is None else wrong_labels.labels(true, class_names, trained)
+    gone = (targets != true).nonzero().flatten() if forget is None else forget.indices(targets, class_names, trained)
+    retain = trained[~torch.isin(trained, gone)]
+    for name, positions in (("forget", gone), ("retain", retain)):
         if not len(positions):
-            raise ValueError(f"The {name} set is empty: the request selects {len(forget)} of {len(trained)} training images.")
-    return retain
+            raise ValueError(f"The {name} set is empty: the request selects {len(gone)} of {len(trained)} training images.")
+    return Split(targets, val, gone, retain)
 
 
 def digests(targets: Tensor, forget: Tensor, retain: Tensor) -> dict[str, str]:

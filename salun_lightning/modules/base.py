@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
-from salun_lightning.data import ForgetRetainDataModule, Order, Samples, epoch_seed, run_seed
+from salun_lightning.data import ForgetRetainDataModule, Order, Samples, epoch_seed, run_seed, split
 from salun_lightning.methods.base import Kind, Method, check_kind
 from salun_lightning.methods.finetune import FineTune
 from salun_lightning.modules.record import KEY, arguments_from, check_resumed, record_of
@@ -242,7 +242,7 @@ def check_training_set(checkpoint: Mapping[str, Any], datamodule: Any) -> None:
     """Refuse an original model that was trained on another training set than that of our datamodule."""
     for part in checkpoint.values():  # one of them may be the state of the datamodule, under the name of its class
         if isinstance(datamodule, ForgetRetainDataModule) and isinstance(part, Mapping) and "training_set" in part:
-            datamodule.check_training_set(part)
+            split.check_training_set(part, datamodule.split)
 
 
 def seed_all(seed: int) -> None:

@@ -1,6 +1,5 @@
 """Training images that are labelled wrong, and are forgotten for it."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,10 +9,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from salun_lightning.data import DigitsDataModule, ForgetIndices, ForgetRetainDataModule, Samples, WrongLabels
+from salun_lightning.data.split import check_training_set
 from salun_lightning.lightning_cli import UnlearningCLI
 from tests.small import Pairs, numbered_images, numbers
 
-DIGITS = Path(__file__).parents[2] / "configs" / "digits"
 NAMES = ["cat", "dog", "owl"]
 TRUE = torch.arange(60) % 3
 
@@ -123,12 +122,12 @@ def test_a_checkpoint_that_was_trained_on_other_labels_is_refused() -> None:
     plain.setup()
     for other in (plain, relabelled(wrong=WrongLabels(0.2, seed=1))):
         with pytest.raises(MisconfigurationException, match="its training set is not this datamodule's"):
-            other.check_training_set(state)
+            check_training_set(state, other.split)
 
 
 def test_the_shipped_request() -> None:
-    """It replaces the random tenth of data.yaml."""
-    words = [f"--config={DIGITS}/retrain.yaml", f"--data={DIGITS}/wrong_labels.yaml", "--data.wrong_labels.seed=5"]
+    """It takes the place of the task's own request."""
+    words = ["--config=digits", "--config=digits/wrong_labels", "--data.wrong_labels.seed=5"]
     datamodule = UnlearningCLI(words, run=False).datamodule
     expected = DigitsDataModule(wrong_labels=WrongLabels(0.1, 5), val_fraction=0.1)
     for module in (datamodule, expected):

@@ -122,3 +122,24 @@ def test_an_offer_that_is_none_is_said_and_nothing_is_lost(
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.warns(UserWarning, match=said):
         salun_lightning.methods.load_offered()
+
+
+def test_any_package_can_be_imported_first() -> None:
+    """Others ask this one for names while it is being imported: jsonargparse does. Each in a fork, to pay once for torch."""
+    look = """
+import importlib, os, sys, torch, lightning.pytorch
+for package in ("callbacks", "data", "methods", "metrics", "modules", "networks", "saliency"):
+    child = os.fork()
+    if not child:
+        importlib.import_module(f"salun_lightning.{package}")
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0, package
+"""
+    done = subprocess.run([sys.executable, "-c", look], cwd=ROOT, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_look_for_a_name_imports_nothing() -> None:
+    look = "import sys, salun_lightning; hasattr(salun_lightning, 'Nothing'); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", look], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "False"
