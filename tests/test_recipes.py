@@ -18,7 +18,7 @@ from salun_lightning.cli import main
 from salun_lightning.configurations import SHIPPED
 from salun_lightning.lightning_cli import UnlearningCLI
 from salun_lightning.networks import SmallResNet
-from tests.test_readme import blocks
+from tests.test_readme import block, commands
 
 
 def test_own_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -31,26 +31,28 @@ def test_own_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
             folder.mkdir(parents=True)
             for number in range(count):
                 Image.fromarray((shade + draw.randint(0, 128, (24, 32, 3))).astype(np.uint8)).save(folder / f"{number}.jpg")
-    main(["init", "mine", "--images=images"])
-    assert "compare -c mine/photos_compare.yaml" in capsys.readouterr().out
-    task = yaml.safe_load((tmp_path / "mine" / "photos.yaml").read_text())
+    (init,) = (words for words in commands() if words[0] == "init")
+    (compare,) = (words for words in commands() if words[0] == "compare" and words[-1].startswith(init[1]))
+    main(init)
+    assert " ".join(compare) in capsys.readouterr().out
+    task = yaml.safe_load((tmp_path / init[1] / "photos.yaml").read_text())
     network = task["model"]["init_args"]["network"]["init_args"]
     assert network["num_classes"] == 3
     assert network["mean"] == [pytest.approx(0.5, abs=0.02)] * 3  # of 0 to 127, 64 to 191 and 128 to 255
     assert network["std"] == [pytest.approx(0.22, abs=0.05)] * 3
     assert task["data"]["init_args"]["root"] == str(tmp_path / "images")
-    assert (tmp_path / "mine" / "photos.yaml").read_text().count("#") == (SHIPPED / "photos.yaml").read_text().count("#")
+    assert (tmp_path / init[1] / "photos.yaml").read_text().count("#") == (SHIPPED / "photos.yaml").read_text().count("#")
     quick = ["--seeds=[1]", "--", "--trainer.max_epochs=2", "--model.network.width=4", "--trainer.accelerator=cpu"]
-    main(["compare", "-c", "mine/photos_compare.yaml", *quick])
+    main(["compare", *compare[1:], *quick])
     results = json.loads((tmp_path / "runs/compare/photos_compare/results.json").read_text())
     assert [cell["row"] for cell in results["cells"]] == ["original", "Retrain", "FT", "SalUn"]
-    assert all("--config mine/photos.yaml" in cell["command"] for cell in results["cells"])
-    cli = UnlearningCLI(["--config=mine/photos.yaml", "--config=method/salun", "--trainer.accelerator=cpu"], run=False)
+    assert all(f"--config {init[1]}/photos.yaml" in cell["command"] for cell in results["cells"])
+    cli = UnlearningCLI([f"--config={init[1]}/photos.yaml", "--config=method/salun", "--trainer.accelerator=cpu"], run=False)
     assert cli.trainer.default_root_dir == "runs/photos/salun"
 
 
 def test_random_labels_in_a_module_of_another_project(tmp_path: Path) -> None:
-    code = next(block for block in blocks("python") if "def forget_loss" in block)
+    code = block("python", "def forget_loss")
     assert len(code.split("def forget_loss")[0].strip().splitlines()) <= 6
     names: dict[str, Any] = {"torch": torch, "functional": functional}
     exec(code, names)
