@@ -11,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 import salun_lightning
 from salun_lightning.comparison import charts
 from salun_lightning.comparison.plan import Cell
-from salun_lightning.comparison.report import Results, Table, caption, table_rows
+from salun_lightning.comparison.report import Results, Table, caption, gaps_by_case, table_rows
 from salun_lightning.evidence.predictions import Predictions
 from salun_lightning.files import read_json, write_text
 
@@ -40,6 +40,7 @@ def write_page(
     """
     said = {cell: Predictions.load(cell.predictions) for cell in cells if results[cell.row, cell.run].get("predictions")}
     columns, rows = table_rows(summary, results, table)
+    cases, case_rows = gaps_by_case(results, table)
     one = next(iter(results))[1]
     runs: dict[str, dict[str, Any]] = {}
     for (row, _), result in results.items():
@@ -49,6 +50,8 @@ def write_page(
         "version": salun_lightning.__version__,
         "columns": columns,
         "rows": rows,
+        "cases": cases,
+        "case_rows": case_rows,
         "kinds": [_kind(row, table) for row in summary],
         "caption": caption(summary, results, table, first or {}),
         "reference": table.reference,

@@ -135,17 +135,21 @@ class Plan:
 
         Raises:
             ValueError: ``fit`` does not accept the settings of a row; a row starts from an original model, and there is no row
-                called ``original``; or two cells would share a folder.
+                called ``original``; a row has options for a case that is not there; or two cells would share a folder.
         """
+        for name, row in rows.items():
+            unknown = sorted(row.cases.keys() - set(map(str, cases)))
+            if unknown:
+                raise ValueError(f"Row '{name}' has options for the case '{unknown[0]}', which is not among 'cases'.")
         originals: dict[tuple[int, str], Cell] = {}
         for name in sorted(rows, key=lambda name: name != "original"):
             for seed in seeds:
                 for name_of_case, source in (cases or {"": Row()}).items():
                     case, own = str(name_of_case), row_of(source)  # YAML reads names of digits as numbers
                     folder = self.out / slug(name) / "-".join(["seed", str(seed), *([slug(case)] if case else [])])
-                    whole = Row(
-                        [*self.task, *own.files, *rows[name].files], {**self.options, **own.options, **rows[name].options}
-                    )
+                    row = rows[name]
+                    options = {**self.options, **own.options, **row.options, **row.cases.get(case, {})}
+                    whole = Row([*self.task, *own.files, *row.files], options)
                     self.cells.append(self._cell(name, seed, case, whole, folder, originals))
                     if name == "original":
                         originals[seed, case] = self.cells[-1].trained or self.cells[-1]

@@ -90,9 +90,29 @@ def table_rows(summary: Mapping[str, Any], results: Results, table: Table) -> tu
     for row, figures in summary.items():
         cells = [_cell(figures, metric, 2) for metric in table.metrics]
         if table.gap:
-            cells.append("0" if row == table.reference else _cell(figures, "gap", 2))
+            cells.append(_gap_cell(figures, row, table))
         rows.append([_marked(row, results, table), *cells, _cell(figures, "cost", 3), _cell(figures, "time", 3)])
     return columns, rows
+
+
+def gaps_by_case(results: Results, table: Table) -> tuple[list[str], list[list[str]]]:
+    """The average gap of each row in each case: the columns, and the rows with their names in front.
+
+    There are none where there are no two cases.
+    """
+    cases = list(dict.fromkeys(result.get("case", "") for result in results.values()))
+    if len(cases) < 2 or not table.gap:
+        return [], []
+    by_case = [
+        summarise({place: result for place, result in results.items() if result.get("case", "") == case}, table)
+        for case in cases
+    ]
+    names = list(dict.fromkeys(row for summary in by_case for row in summary))
+    return cases, [[name, *(_gap_cell(summary.get(name, {}), name, table) for summary in by_case)] for name in names]
+
+
+def _gap_cell(figures: Mapping[str, Any], row: str, table: Table) -> str:
+    return "0" if row == table.reference else _cell(figures, "gap", 2)
 
 
 def markdown(summary: Mapping[str, Any], results: Results, table: Table, first: Mapping[str, Any] | None = None) -> str:
@@ -104,14 +124,21 @@ def markdown(summary: Mapping[str, Any], results: Results, table: Table, first: 
         table: What the table is made of.
         first: What was measured of the models that were trained first, by name.
     """
-    columns, rows = table_rows(summary, results, table)
-    lines = ["| | " + " | ".join(columns) + " |", "| --- " * (len(columns) + 1) + "|"]
-    lines += [f"| {label} | {' | '.join(cells)} |" for label, *cells in rows]
+    lines = _lines(*table_rows(summary, results, table))
+    cases, rows = gaps_by_case(results, table)
+    if cases:
+        lines += ["", "avg. gap in each case:", "", *_lines(cases, rows)]
     lines += ["", *caption(summary, results, table, first or {})]
     one = next(iter(results), ("", None))[1]
     lines += ["", f"One row again by itself ({_run_name(results, one)}):", ""]
     lines += [f"- {row}: `{result['command']}`" for (row, run), result in results.items() if run == one]
     return "\n".join(lines) + "\n"
+
+
+def _lines(columns: list[str], rows: list[list[str]]) -> list[str]:
+    """A table in Markdown."""
+    head = ["| | " + " | ".join(columns) + " |", "| --- " * (len(columns) + 1) + "|"]
+    return head + [f"| {label} | {' | '.join(cells)} |" for label, *cells in rows]
 
 
 def _marked(row: str, results: Results, table: Table) -> str:

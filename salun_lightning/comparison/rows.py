@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 from jsonargparse.typing import register_type
@@ -44,11 +44,13 @@ class Row:
         options: Options of ``fit`` on top, such as ``saliency.ratio: 0.3``. Filled in are ``{seed}``, other seeds such as
             ``{seed+1000}``, and the checkpoint of each model that is trained first, as ``{name}``.
         grid: Lists of values of options: each combination makes a row of its own, which is named by its values.
+        cases: Options on top of these in single cases, by the name of the case.
     """
 
     config: ConfigFile | list[ConfigFile] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)
     grid: dict[str, list[Any]] = field(default_factory=dict)
+    cases: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def files(self) -> list[ConfigFile]:
@@ -103,16 +105,16 @@ def all_rows(
     for name, row in ((name, row_of(source)) for name, source in sources.items()):
         for values in itertools.product(*row.grid.values()):
             own = {**row.options, **dict(zip(row.grid, values, strict=True))}
-            rows[" ".join([name, *map(str, values)])] = Row(row.files, own)
+            rows[" ".join([name, *map(str, values)])] = replace(row, options=own)
     reference = row_called(reference, rows)
     floor = [" ".join([reference, "again", *([str(number)] if number > 1 else [])]) for number in range(1, again + 1)]
     seeded: dict[str, Row] = {}
     for name, row in rows.items():
         seed = {} if "seed_everything" in options else {"seed_everything": "{seed+1000}" if name == reference else "{seed}"}
-        seeded[name] = Row(row.files, {**seed, **row.options})
+        seeded[name] = replace(row, options={**seed, **row.options})
         if name == reference:
             for number, another in enumerate(floor, start=2):
                 if another in rows:
                     raise ValueError(f"'noise_floor' makes a row called '{another}'. Give the other row another name.")
-                seeded[another] = Row(row.files, {**row.options, "seed_everything": f"{{seed+{number}000}}"})
+                seeded[another] = replace(row, options={**row.options, "seed_everything": f"{{seed+{number}000}}"})
     return seeded, reference, floor

@@ -137,8 +137,21 @@ def test_another_training_set_has_an_original_of_its_own() -> None:
 def test_options_of_a_case_go_over_the_common_ones_and_those_of_a_row_over_both() -> None:
     plan = Plan(Path("out"), {"trainer.max_steps": 1, "seed_everything": "{seed}"})
     cases = {"x": {"trainer.max_steps": 2, "data.batch_size": 8}}
-    plan.add({"Retrain": row("digits", **{"data.batch_size": 16})}, [7], cases)
+    plan.add({"Retrain": row("digits", "digits/retrain", **{"data.batch_size": 16})}, [7], cases)
     assert "--trainer.max_steps 2 --seed_everything 7 --data.batch_size 16" in plan.cells[0].command
+
+
+def test_a_row_may_have_options_for_single_cases() -> None:
+    plan = Plan(Path("out"), OPTIONS, [], files("digits_diffusion"))
+    plan.add_first({"judge": judging()})
+    of_case = {"a 5": {"trainer.max_steps": 7}}
+    own = Row(files("digits_diffusion/retrain"), {"trainer.max_steps": 5}, cases=of_case)
+    rows, _, _ = all_rows({"Retrain": own}, "Retrain", 1, {})
+    plan.add(rows, [1], CASES)
+    steps = {(cell.row, cell.case): cell.arguments[cell.arguments.index("--trainer.max_steps") + 1] for cell in plan.cells}
+    assert steps == {(name, case): "7" if case == "a 5" else "5" for name in ("Retrain", "Retrain again") for case in CASES}
+    with pytest.raises(ValueError, match=r"^Row 'Retrain' has options for the case 'a 5', which is not among 'cases'\.$"):
+        plan.add(rows, [1], {"three": CASES["three"]})
 
 
 def test_placeholders_of_models_trained_first() -> None:
@@ -236,7 +249,7 @@ def test_a_file_that_an_option_names_counts_too(tmp_path: Path, where: str) -> N
     content = yaml.safe_load((CONFIGS / "digits_diffusion.yaml").read_text())["data"]
     data.write_text(yaml.safe_dump(content))
     before = keys(planned(first={}, **{"options": {}, **SMALL, **given}))
-    data.write_text(yaml.safe_dump(content).replace("100", "50"))
+    data.write_text(yaml.safe_dump(content).replace("64", "32"))
     after = keys(planned(first={}, **{"options": {}, **SMALL, **given}))
     assert not [place for place in before if before[place] == after[place]]
 

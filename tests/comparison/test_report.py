@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from salun_lightning.comparison.plots import plot
-from salun_lightning.comparison.report import Table, markdown, summarise
+from salun_lightning.comparison.report import Table, gaps_by_case, markdown, summarise
 from salun_lightning.evidence.gaps import average_gap
 
 TABLE = Table("Retrain", ["Retrain again"])
@@ -123,6 +123,30 @@ def test_gaps_are_paired_by_seed_and_case() -> None:
     assert summary["SalUn"]["time"]["mean"] == pytest.approx((1 / 10 + 1 / 20 + 1 / 40) / 3)
     assert summary["SalUn"]["UA"]["runs"] == 4
     assert summary["original"]["time"]["mean"] == pytest.approx((8 / 10 + 8 / 20) / 2)
+
+
+def test_gaps_of_each_case_stand_side_by_side() -> None:
+    results = keyed(
+        [
+            cell("Retrain", 1, (5, 100, 94, 12), 10, "three"),
+            cell("Retrain", 1, (9, 100, 94, 12), 10, "five"),
+            cell("Retrain again", 1, (9, 100, 94, 20), 10, "five"),
+            cell("SalUn", 1, (9, 100, 94, 12), 10, "three"),
+            cell("FT", 1, (9, 100, 94, 14), 10, "five"),
+        ]
+    )
+    columns, rows = gaps_by_case(results, TABLE)
+    assert columns == ["three", "five"]
+    assert rows == [
+        ["Retrain", "0", "0"],
+        ["SalUn", "1.00 ± 0.00", "-"],
+        ["Retrain again", "-", "2.00 ± 0.00"],
+        ["FT", "-", "0.50 ± 0.00"],
+    ]
+    assert "\n| | three | five |\n" in markdown(summarise(results, TABLE), results, TABLE)
+    alone = {place: result for place, result in results.items() if result["case"] == "five"}
+    assert gaps_by_case(alone, TABLE) == ([], [])
+    assert gaps_by_case(results, Table(gap=False)) == ([], [])
 
 
 def test_the_caption_names_seeds_and_cases() -> None:
