@@ -1,6 +1,7 @@
-"""The recipes of the README for own data and own modules, run as they stand there."""
+"""The recipes of the pages for own data, own modules, weights and predictions, run as they stand there."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from salun_lightning import SaliencyMasking
 from salun_lightning.cli import main
 from salun_lightning.configurations import SHIPPED
+from salun_lightning.evidence.predictions import PredictedSet, Predictions
 from salun_lightning.lightning_cli import UnlearningCLI
 from salun_lightning.networks import SmallResNet
 from tests.test_readme import block, commands
@@ -87,3 +89,26 @@ def test_random_labels_in_a_module_of_another_project(tmp_path: Path) -> None:
     module.network = torch.nn.Identity()
     assert module.training_step((logits, torch.arange(5) % 3, torch.ones(5, dtype=torch.bool)), 0) == pytest.approx(50)
     assert module.forget_loss((logits, torch.arange(5) % 3)) < 1e-6
+
+
+def test_plain_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    from torchvision.models import resnet18
+
+    trained = resnet18(num_classes=2).state_dict()
+    torch.save({"state_dict": {f"network.network.{name}": tensor for name, tensor in trained.items()}}, "last.ckpt")
+    names: dict[str, Any] = {}
+    exec(block("python", "export_state_dict"), names)
+    assert all(torch.equal(tensor, trained[name]) for name, tensor in names["network"].state_dict().items())
+
+
+def test_figures_of_predictions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    code = block("python", "Predictions.load")
+    path = re.search(r'load\("(.*)"\)', code)
+    assert path is not None
+    Path(path[1]).parent.mkdir(parents=True)
+    said = PredictedSet(torch.tensor([[99.0, 0.0]]).repeat(4, 1), torch.tensor([0, 0, 0, 1]), torch.arange(4))
+    Predictions({"forget": said}).save(path[1])
+    exec(code, {})
+    assert capsys.readouterr().out.startswith("25.0 tensor(0.7500)")
