@@ -5,6 +5,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,13 @@ import torch
 import yaml
 
 import salun_lightning.methods
-from salun_lightning import ForgetClasses, ForgetIndices, ForgetRandom, SaliencyMask
+from salun_lightning import ForgetClasses, ForgetIndices, ForgetRandom, SaliencyMask, WrongLabels, configurations
 from salun_lightning.cli import main
 from salun_lightning.comparison.command import compare
+from salun_lightning.configurations import find, located
 from salun_lightning.lightning_cli import UnlearningCLI
-from salun_lightning.methods import Method
+from salun_lightning.methods import GROUP, Method
+from salun_lightning.networks.loading import read_checkpoint
 
 ROOT = Path(__file__).parents[1]
 PAGES = {
@@ -55,14 +58,14 @@ def commands() -> list[list[str]]:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder a reader stands in: the configurations, and the files that the pages tell to write."""
+    """The folder a reader stands in, with the files that the pages tell to write; new configurations are found by name."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
-    (tmp_path / "my_module.py").write_text(block("python", "class Forgetful"))
-    (tmp_path / "photos.yaml").write_text(block("yaml", "root: photos"))
-    (tmp_path / "salun_lightning" / "methods").mkdir(parents=True)
-    _write(tmp_path, block("python", "class CappedAscent"))
-    _write(tmp_path, block("yaml", "CappedAscent"))
+    monkeypatch.setattr(configurations, "SHIPPED", tmp_path / "configs")
+    main(["init", "my_photos"])
+    (tmp_path / "my_module.py").write_text(block("python", "class Forgetful") + block("python", "class AscentStep"))
+    for written in (("yaml", "my_module.Forgetful"), ("python", "class CappedAscent"), ("yaml", "CappedAscent")):
+        _write(tmp_path, block(*written))
     monkeypatch.syspath_prepend(str(tmp_path))
     here = str(tmp_path / "salun_lightning" / "methods")
     monkeypatch.setattr(salun_lightning.methods, "__path__", [*salun_lightning.methods.__path__, here])
@@ -71,9 +74,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def _write(folder: Path, text: str) -> None:
     """A block whose first line is a comment with the name of its file."""
-    path = folder / text.splitlines()[0].removeprefix("# ")
+    name, _, content = text.partition("\n")
+    path = folder / name.removeprefix("# ")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+    path.write_text(content)
 
 
 def test_the_readme_is_short() -> None:
@@ -108,9 +112,14 @@ def test_every_link_leads_somewhere() -> None:
 
 def test_every_file_that_is_named_exists() -> None:
     named = set(re.findall(r"(?<![\w/])((?:configs|docs|tests|salun_lightning|\.ci|\.github)/[\w./-]*\w)(?![\w*{<])", TEXT))
-    assert len(named) > 40
+    tasks = "|".join(path.stem for path in configurations.SHIPPED.glob("*.yaml"))
+    shipped = set(re.findall(rf"-c ([\w/]+)(?=[\s`])|`((?:method|{tasks})(?:/[\w/]+)?)`", TEXT))
+    found = {"".join(pair) for pair in shipped}
+    assert len(named) + len(found) > 40
     shown = {text.splitlines()[0].removeprefix("# ") for language in ("python", "yaml") for text in blocks(language)}
     assert [path for path in sorted(named - shown) if not (ROOT / path).exists()] == []
+    own = {str(Path(path).relative_to("configs").with_suffix("")) for path in shown if path.startswith("configs/")}
+    assert [name for name in sorted(found - own) if not (find(name) or find(name, "compare"))] == []
 
 
 def test_every_method_of_the_table_is_there() -> None:
@@ -134,15 +143,28 @@ def test_reuse_in_another_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_own_methods(folder: Path) -> None:
     """In a file of the reader's own, and as the two files of a contribution, which is found by its name."""
-    quick = [*QUICK, "--trainer.limit_val_batches=0"]
-    main(["fit", "--config=configs/digits/original.yaml", *quick])
+    quick = [*QUICK, "--trainer.limit_val_batches=0", "--trainer.limit_train_batches=2"]
+    main(["fit", "-c", "digits", "-c", "digits/original", *quick])
     import_module("salun_lightning.methods.capped_ascent")
-    for name, mark in (("Forgetful", "my_module.Forgetful"), ("CappedAscent", "configs/method/capped_ascent.yaml")):
+    methods = {"Forgetful": "forgetful.yaml", "CappedAscent": "method/capped_ascent", "AscentStep": "my_module.AscentStep"}
+    orders = {}
+    for name, mark in methods.items():
         (words,) = (words for words in commands() if mark in words)
-        cli = main([*words, *quick, f"--trainer.default_root_dir={name}"])
+        cli = main([*words, *quick])
         assert type(cli.model.method).__name__ == name
-        assert cli.datamodule.train_dataloader().sampler.order == "paired"
-        assert (folder / name / "checkpoints" / "last.ckpt").is_file()
+        orders[name] = cli.datamodule.train_dataloader().sampler.order
+    assert orders == {"Forgetful": "paired", "CappedAscent": "paired", "AscentStep": "forget"}
+    runs = {path.name: path / "checkpoints" / "last.ckpt" for path in (folder / "runs" / "digits").iterdir()}
+    assert runs.keys() == {"original", "forgetful", "capped_ascent", "step"}
+    before, after = (read_checkpoint(runs[name])["state_dict"] for name in ("original", "step"))
+    assert cli.trainer.global_step == 1
+    cli.model.eval()
+    losses = []
+    for state in (before, after):
+        cli.model.load_state_dict(state)
+        with torch.no_grad():
+            losses.append(sum(cli.model.losses(samples).sum() for samples in cli.datamodule.set_dataloader("forget")))
+    assert losses[0] < losses[1]
     assert len(block("yaml", "CappedAscent").splitlines()) <= 8
 
 
@@ -162,23 +184,16 @@ def test_the_test_of_the_contributed_method(folder: Path) -> None:
     names["test_capped_ascent_stops_at_its_cap"]()
 
 
-def test_plain_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    from torchvision.models import resnet18
-
-    trained = resnet18(num_classes=2).state_dict()
-    torch.save({"state_dict": {f"network.network.{name}": tensor for name, tensor in trained.items()}}, "last.ckpt")
-    names: dict[str, Any] = {}
-    exec(block("python", "export_state_dict"), names)
-    assert all(torch.equal(tensor, trained[name]) for name, tensor in names["network"].state_dict().items())
-
-
 def test_every_block_is_tried_by_a_test() -> None:
     """The marks by which the tests here and in test_recipes.py find their blocks; a new block needs a new test."""
     tried = {
-        "python": ("import SaliencyMasking", "def forget_loss", "export_state_dict", "class Forgetful", "CappedAscent"),
-        "yaml": ("root: photos", "photos.yaml", "forget: {", "CappedAscent"),
-        "sh": ("train.py", "pip install -e", "std_mean", "pytest", ".ci/run"),
+        "python": (
+            *("import SaliencyMasking", "def forget_loss", "export_state_dict", "class Forgetful", "class AscentStep"),
+            *("CappedAscent", "Predictions.load"),
+        ),
+        "yaml": ("my_module.Forgetful", "data.forget: {", "data.wrong_labels", "CappedAscent"),
+        "toml": ("entry-points",),
+        "sh": ("train.py", "pip install -e", "pytest", ".ci/run", "memorised.py"),
     }
     languages = re.findall(r"^```(\w+)$", TEXT, flags=re.MULTILINE)
     assert set(languages) == set(tried)
@@ -188,15 +203,28 @@ def test_every_block_is_tried_by_a_test() -> None:
 
 
 def test_requests() -> None:
-    lines = [line for text in blocks("yaml") for line in text.splitlines() if line.startswith("forget:")]
     made: list[Any] = []
-    for line in lines:
-        entry = yaml.safe_load(line)["forget"]
+    for line in block("yaml", "data.forget: {").splitlines():
+        entry = yaml.safe_load(line)["data.forget"]
         made.append(
             {c.__name__: c for c in (ForgetClasses, ForgetIndices, ForgetRandom)}[entry["class_path"]](**entry["init_args"])
         )
     assert [type(request) for request in made] == [ForgetRandom, ForgetClasses, ForgetIndices]
     assert len(made[0].indices(torch.zeros(50, dtype=torch.int64), ["cat"], torch.arange(50))) == 5
+    wrong = yaml.safe_load(block("yaml", "data.wrong_labels"))
+    assert wrong.pop("data.forget") is None
+    true = torch.zeros(50, dtype=torch.int64)
+    assert WrongLabels(**wrong.pop("data.wrong_labels")).labels(true, ["cat", "dog"], torch.arange(50)).sum() == 5
+    assert not wrong
+
+
+def test_the_entry_point_is_of_the_group_and_names_a_method(folder: Path) -> None:
+    ((group, offers),) = tomllib.loads(block("toml", "entry-points"))["project"]["entry-points"].items()
+    assert group == GROUP
+    for name, place in offers.items():
+        module, _, method = place.partition(":")
+        assert issubclass(getattr(import_module(module), method), Method)
+        assert name == method
 
 
 class _Parsed(Exception):
@@ -212,11 +240,12 @@ def test_every_command_is_understood(folder: Path, monkeypatch: pytest.MonkeyPat
     import_module("salun_lightning.methods.capped_ascent")
     monkeypatch.setattr(UnlearningCLI, "instantiate_classes", _stop)
     with pytest.raises(_Parsed) as stopped:
-        main(["fit", "--config=configs/digits/salun.yaml"])
+        main(["fit", "-c", "digits", "-c", "method/salun"])
     cli = stopped.value.args[0]  # its parser serves all, which saves half a second each time
     parsed = [words for words in commands() if words[0] in {"fit", "validate", "test", "predict"}]
     assert len(parsed) >= 10
-    for words in parsed:
+    for given in parsed:
+        words, _ = located(given)
         if "--model.help" in words:
             with pytest.raises(SystemExit) as ended:
                 cli.parse_arguments(cli.parser, words)
@@ -225,20 +254,24 @@ def test_every_command_is_understood(folder: Path, monkeypatch: pytest.MonkeyPat
             cli.parse_arguments(cli.parser, words)
             assert cli.config[words[0]].model.class_path.startswith("salun_lightning.")
     compared = [words for words in commands() if words[0] == "compare"]
+    others = [words for words in commands() if words[0] in {"configs", "init"}]  # init: see test_recipes
+    assert sorted(words[0] for words in others) == ["configs", "init"]
     assert len(compared) >= 6
-    assert len(parsed) + len(compared) == len(commands())
+    assert len(parsed) + len(compared) + len(others) == len(commands())
     for words in compared:
         named = {word.removeprefix("--").partition("=")[0] for word in words if word.startswith("--")}
-        assert "config" in named
-        assert named - {"config"} <= compare.__annotations__.keys()
-        rows = yaml.safe_load(Path(words[words.index("--config") + 1]).read_text())["rows"] if "photos" not in words[2] else {}
+        assert named <= compare.__annotations__.keys() | {"config"}
+        _, files = located(words, "compare")
+        assert files
+        rows = {name for file in files for name in yaml.safe_load(file.read_text()).get("rows", {})}
+        assert rows
         if "--only" in words:
             only = words[words.index("--only") + 1]
             assert only == "$row" or only.lower() in {row.lower() for row in rows}
 
 
 def test_the_loop_over_rows_names_them_all() -> None:
-    comparison = yaml.safe_load((ROOT / "configs/cifar10/compare.yaml").read_text())
+    comparison = yaml.safe_load((ROOT / "configs/compare/cifar10.yaml").read_text())
     loop = re.search(r"for row in ([\w ]+);", TEXT)
     assert loop is not None
     assert set(loop[1].split()) == set(comparison["rows"]) - {"original"}
@@ -248,5 +281,5 @@ def test_the_two_commands_install_and_run() -> None:
     main_job, tests = (text.strip() for text in blocks("sh", PAGES["README.md"])[:2])
     install, job = main_job.rsplit(" && ", 1)
     assert install == "python3 -m venv .venv && .venv/bin/pip install -e ."
-    assert job == ".venv/bin/python train.py compare --config configs/digits/compare.yaml"
+    assert job == ".venv/bin/python train.py compare -c digits"
     assert tests == "python3 -m venv .venv && .venv/bin/pip install -e '.[test]' && .venv/bin/python -m pytest -n 2"

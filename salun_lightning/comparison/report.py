@@ -40,10 +40,10 @@ class Table:
 def summarise(results: Results, table: Table) -> dict[str, dict[str, dict[str, float]]]:
     """Mean, standard deviation and number of runs of each figure of each row.
 
-    ``gap`` is the mean over the metrics of the absolute difference to the reference of the same run; ``cost`` and ``time`` are
-    the passes and the seconds of training as fractions of the reference's. All are paired: computed run by run, for the runs
-    that have both, and then averaged. The rows of the noise floor become one, whose gap is that of all pairs of models, the
-    reference among them, that were retrained for the same run.
+    ``gap`` is the mean absolute difference of the metrics to those of the reference. ``cost`` and ``time`` are the passes and
+    the seconds of training, as fractions of the reference's. Each figure is computed for each run that has both models, and
+    then averaged. The rows of the noise floor become one row: its gap is that of all pairs of models that were retrained for
+    the same run, the reference among them.
     """
     rows: dict[str, dict[str, list[float]]] = {}
     for (row, run), result in results.items():

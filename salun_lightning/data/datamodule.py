@@ -44,8 +44,8 @@ class ForgetRetainDataModule(LightningDataModule):
         forget: What is to be forgotten; by default the images that ``wrong_labels`` labels wrong.
         train: Map-style dataset of (image, class) pairs, longer tuples or dictionaries, or :class:`ImageTensors`.
         test: Likewise, for testing. Without it, ``test`` leaves out what needs a test set.
-        targets: The classes of ``train`` and ``test``, where these hold none that can be read without their images: in
-            ``targets`` or ``labels``, in a column, or in what ``Subset``, ``ConcatDataset`` and ``TensorDataset`` are made of.
+        targets: The classes of ``train`` and ``test``. Needed only if they cannot be read without loading the images. (They are
+            looked for in ``targets``, ``labels`` and columns, also inside ``Subset``, ``ConcatDataset`` and ``TensorDataset``.)
         class_names: Names of the classes; their numbers by default.
         train_transform: Augments training images: whole uint8 batches of :class:`ImageTensors`, else one image at a time.
         eval_transform: Prepares images for evaluation and for the saliency pass, likewise.

@@ -124,8 +124,9 @@ class BesideConfig(str):
     """The absolute path of a file that a configuration names relative to itself."""
 
 
-# so that a saved configuration, which lies in another folder, means the same file
-register_type(BesideConfig, deserializer=lambda path: BesideConfig(Path_fr(path).absolute))
+# so that a saved configuration, which lies in another folder, means the same file (without a key, the class would be looked for
+# by its name in a package that is not imported to its end)
+register_type(BesideConfig, deserializer=lambda path: BesideConfig(Path_fr(path).absolute), uniqueness_key=(BesideConfig,))
 
 
 class ForgetIndices(ForgetRequest):

@@ -38,9 +38,9 @@ class UnlearningModule(LightningModule, ABC):
     Args:
         network: The network.
         method: How it is trained: ``FineTune`` for the original and the retrained model, else a method of forgetting.
-        original: The original model to start from: a checkpoint or state_dict, also of another project, or a pipeline directory
-            of diffusers. None starts from the network as it is. (Lightning's ``ckpt_path`` also restores the optimizer and the
-            epoch: it resumes or tests a run, and takes precedence.)
+        original: The original model to start from: a checkpoint or state_dict, also of another project, or a pipeline of
+            diffusers. None starts from the network as it is. To resume or test a run use Lightning's ``ckpt_path``, which also
+            restores the optimizer and the epoch, and takes precedence.
         optimizer: Makes the optimizer from the parameters.
         lr_scheduler: Makes the learning-rate scheduler from the optimizer.
         lr_interval: Whether the scheduler steps each epoch or each optimizer step.

@@ -206,7 +206,10 @@ class Diffusion(UnlearningModule):
         return self.decode(run(self.scheduler, self._toward(targets, None, original), noise, own)).clamp(0, 1)
 
     def partly_sampled(self, targets: Tensor, guidance: float, steps: int) -> tuple[Tensor, Tensor]:
-        """Where the original model is, after a random number of DDIM ``steps``, on its way to images; see ``part_way``."""
+        """Noisy images from which the original model has still some way to go; see ``part_way``.
+
+        It starts from noise, draws images of the classes (B,), and stops after a random number of ``steps``.
+        """
         shape = (len(targets), *self.latent_shape)
         return part_way(self.ddim, self._toward(targets, guidance, original=True), shape, steps, self.device)
 

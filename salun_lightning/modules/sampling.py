@@ -19,9 +19,8 @@ class Sampling:
     """How images are sampled.
 
     Args:
-        scheduler: A scheduler of diffusers, such as DDIMScheduler, DPMSolverMultistepScheduler or DDPMScheduler (ancestral). It
-            takes the noise schedule, and all else that is left at its defaults, from the scheduler of the training; by default
-            it is DDIM.
+        scheduler: A scheduler of diffusers, such as DDIMScheduler (the default), DPMSolverMultistepScheduler or DDPMScheduler.
+            Settings that you leave at their defaults, and the noise schedule, are those of the training.
         steps: The number of steps.
         guidance: Scale of classifier-free guidance in the convention of diffusers: 1 is none, and the w of Ho and Salimans
             (2022) is ``guidance - 1``.
@@ -141,7 +140,9 @@ def run(
 def part_way(
     scheduler: Any, predict: Callable[[Tensor, Tensor], Tensor], shape: tuple[int, ...], steps: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Go a random part of the way from noise towards images, with random numbers of the global generator.
+    """Noisy images from which a model has still some way to go: it starts from noise, and stops after a random number of steps.
+
+    Random numbers are those of the global generator.
 
     Args:
         scheduler: A scheduler that takes any number of steps, such as DDIM.

@@ -1,5 +1,6 @@
 """Forget requests."""
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from jsonargparse import ArgumentError, ArgumentParser
 
+import salun_lightning
 from salun_lightning.data import ForgetClasses, ForgetIndices, ForgetRandom, ForgetRequest
 from tests.small import small_datamodule
 
@@ -288,3 +290,18 @@ def test_missing_file_of_indices(tmp_path: Path) -> None:
 def test_nothing_to_forget_or_nothing_to_retain(request_: ForgetRandom, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         small_datamodule(request_)
+
+
+def test_the_module_of_requests_asks_the_package_for_no_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package imports everything to answer, and with that this module once more, which is not at its end."""
+
+    def asked(name: str) -> None:
+        raise ImportError(name)
+
+    monkeypatch.setattr(salun_lightning, "__getattr__", asked)
+    spec = importlib.util.find_spec("salun_lightning.data.forget")
+    assert spec is not None
+    assert spec.loader is not None
+    again = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(again)
+    assert again.ForgetRandom(count=1).count == 1
