@@ -10,8 +10,8 @@ from salun_lightning import SmallResNet
 
 SALUN, ORIGINAL, COMPARE = "--config=SALUN", "--config=ORIGINAL", "--config=digits"
 SHORT = {  # what they stand for
-    SALUN: ["--config=configs/digits.yaml", "--config=configs/method/salun.yaml"],
-    ORIGINAL: ["--config=configs/digits.yaml", "--config=configs/digits/original.yaml"],
+    SALUN: ["--config=configs/digits.yaml", "--config=digits/random_tenth", "--config=configs/method/salun.yaml"],
+    ORIGINAL: ["--config=configs/digits.yaml", "--config=digits/random_tenth", "--config=configs/digits/original.yaml"],
 }
 INDICES = "--data.forget=ForgetIndices"
 IMAGES = ["fit", ORIGINAL, "--data=ImageFolderDataModule", "--data.image_size=8"]

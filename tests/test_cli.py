@@ -65,7 +65,7 @@ def test_overrides_and_several_configurations(original: Path, tmp_path: Path) ->
     cli = main(
         [
             "fit",
-            *["--config=digits", "--config=method/random_label"],
+            *["--config=digits", "--config=digits/random_tenth", "--config=method/random_label"],
             f"--config={second}",
             "--saliency.ratio=0.3",
             "--model.method=GradientAscent",
@@ -92,7 +92,7 @@ def test_print_config_round_trip(original: Path, tmp_path: Path, capsys: pytest.
     printed = tmp_path / "printed.yaml"
     printed.write_text(capsys.readouterr().out)
     cli = main(["fit", f"--config={printed}", f"--trainer.default_root_dir={tmp_path}", *QUICK])
-    assert cli.config_init["fit"]["saliency"].ratio == 0.25
+    assert cli.config_init["fit"]["saliency"].source.ratio == 0.25
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_print_config_round_trip(original: Path, tmp_path: Path, capsys: pytest.
 )
 def test_bad_options_are_named(arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises((ArgumentError, ValueError)) as stop:
-        main(["fit", *SALUN, *arguments])
+        main(["fit", *SALUN, "--config=digits/random_tenth", *arguments])
     assert sentence in capsys.readouterr().err + str(stop.value)
 
 

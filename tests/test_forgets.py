@@ -1,12 +1,13 @@
 """Each method that is meant to forget a class of the digits does, at the rate for it, and keeps the others; its choice."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from salun_lightning import ForgetClasses, ForgetIndices
+from salun_lightning import ForgetClasses, ForgetIndices, ForgetRandom
 from salun_lightning.cli import main
 from salun_lightning.comparison.plan import Plan
 from salun_lightning.comparison.rows import ConfigFile, Row, all_rows
@@ -46,8 +47,9 @@ def retrained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
 def test_a_class_is_forgotten_and_the_others_are_not(
     name: str, original: Path, retrained: dict[str, float], tmp_path: Path
 ) -> None:
-    rows = [row for row in shipped("compare_class")["rows"].values() if row["config"] == f"{name}.yaml"]
-    own = [f"--{option}={value}" for row in rows for option, value in row.get("options", {}).items()]
+    rows = [row for row in shipped("compare/digits_class")["rows"].values() if isinstance(row, dict)]
+    of_name = [row for row in rows if row["config"] == f"method/{name}"]
+    own = [f"--{option}={value}" for row in of_name for option, value in row["options"].items()]
     metrics = measured(name, tmp_path, f"--model.original={original}", *own)
     assert metrics["UA"] > 90
     assert metrics["RA"] > retrained["RA"] - 100 / (CLASSES - 1)  # less is lost than one more class
@@ -77,7 +79,7 @@ def test_the_rate_lies_within_the_grid_it_was_chosen_from(name: str) -> None:
     assert shipped(f"digits/tuned/{name}")[RATE] in grid[1:-1]
 
 
-def test_the_pilot_tries_each_rate_on_both_requests() -> None:
+def test_the_pilot_tries_each_rate_on_each_request() -> None:
     pilot = shipped("compare/pilot")
     others = [shipped(f"compare/{name}")["seeds"] for name in COMPARISONS]
     assert not {*pilot["seeds"]} & {seed for seeds in others for seed in seeds}
@@ -88,10 +90,13 @@ def test_the_pilot_tries_each_rate_on_both_requests() -> None:
     assert {name.rpartition(" ")[0] for name in rates} >= {"FT", "GA", "RL", "SalUn", "NegGrad+"}
     plan = Plan(Path("out"), {}, task=[ConfigFile(pilot["task"])])
     cases = {name: Row(**case) if isinstance(case, dict) else Row(ConfigFile(case)) for name, case in pilot["cases"].items()}
+    for row in cases.values():
+        row.config = [ConfigFile(file) for file in row.files]
     for name in ("original", "SalUn 0.01", "SalUn forget first 0.01"):
-        rows[name] = Row([ConfigFile(file) for file in rows[name].files], rows[name].options)
+        rows[name] = replace(rows[name], config=[ConfigFile(file) for file in rows[name].files])
     plan.add({name: rows[name] for name in ("original", "SalUn 0.01", "SalUn forget first 0.01")}, [100], cases)
-    for cell, request in zip(plan.cells[2:], [ForgetIndices, ForgetClasses] * 2, strict=True):
+    requests = [ForgetIndices, ForgetRandom, ForgetClasses, type(None)]
+    for cell, request in zip(plan.cells[4:], requests * 2, strict=True):
         cli = UnlearningCLI(args=list(cell.arguments), run=False)
         assert isinstance(cli.datamodule.forget, request)
         assert cli.model.configure_optimizers().param_groups[0]["lr"] == 0.01

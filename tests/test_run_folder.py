@@ -15,13 +15,11 @@ import torch
 from salun_lightning.cli import main
 from salun_lightning.run_folder import WholeCheckpointIO
 
-CONFIGS = Path(__file__).parents[1] / "configs" / "digits"
-
 
 def fit(folder: Path, *options: str, epochs: int = 1) -> Any:
     quick = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.limit_train_batches=2"]
     quick += ["--trainer.limit_val_batches=0", f"--trainer.max_epochs={epochs}", f"--trainer.default_root_dir={folder}"]
-    return main(["fit", f"--config={CONFIGS}/original.yaml", *quick, *options])
+    return main(["fit", "--config=digits", "--config=digits/original", *quick, *options])
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +129,8 @@ def test_no_pickle_is_executed(command: str, remote: bool, tmp_path: Path, serve
         main(
             [
                 command,
-                f"--config={CONFIGS}/original.yaml",
+                "--config=digits",
+                "--config=digits/original",
                 f"--ckpt_path={source}",
                 f"--trainer.default_root_dir={tmp_path}/run",
                 "--trainer.enable_progress_bar=false",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from salun_lightning.data import Samples
 from salun_lightning.methods import ESD, FineTune, Method, RandomLabel, Remap, SelectiveAmnesia
 from salun_lightning.modules import ImageClassifier
-from salun_lightning.saliency import SaliencyMask, SaliencyMasking
+from salun_lightning.saliency import SaliencyMask, SaliencyMasking, saliency_scores
 from salun_lightning.weights import weights_of
 from tests.modules.small_diffusion import attached, diffusion, some_samples
 from tests.modules.small_runs import same, trainer, weights
@@ -83,7 +83,7 @@ def test_what_a_hook_writes_outside_the_mask_reaches_no_checkpoint_and_no_valida
     method = WritesEverywhere()
     module = Watched(network(), method=method)
     module.seen = []
-    mask = SaliencyMask.random(weights_of(module), 0.5, seed=1)
+    mask = SaliencyMask.from_scores(saliency_scores(module, [], "random", seed=1), 0.5)
     every = ModelCheckpoint(dirpath=tmp_path, save_top_k=-1, every_n_train_steps=1)
     ends = ModelCheckpoint(dirpath=tmp_path / "ends", save_top_k=-1, save_on_train_epoch_end=True)
     runner = trainer(

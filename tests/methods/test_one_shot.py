@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from salun_lightning.methods import SSD, OneShot
 from salun_lightning.modules import ImageClassifier
-from salun_lightning.saliency import SaliencyMask, SaliencyMasking
+from salun_lightning.saliency import SaliencyMask, SaliencyMasking, saliency_scores
 from salun_lightning.weights import weights_of
 from tests.modules.small_diffusion import diffusion, images
 from tests.modules.small_runs import same, trainer, weights
@@ -59,7 +59,8 @@ PRECISIONS["16-mixed"] = {"plugins": [MixedPrecision("16-mixed", "cpu", torch.am
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_exactly_the_edit_is_added_and_nothing_moves_outside_the_mask(tmp_path: Path, precision: str, masked: bool) -> None:
-    mask = SaliencyMask.random(dict(network().named_parameters()), 0.5, seed=1) if masked else None
+    scores = saliency_scores(network(), [], "random", seed=1)
+    mask = SaliencyMask.from_scores(scores, 0.5) if masked else None
     method = Kept(alpha=0.5, dampening=0.5)
     module = edited(tmp_path, method, mask, **PRECISIONS[precision])
     moved = 0
