@@ -90,7 +90,7 @@ def _panel(name: str, distances: Mapping[str, Sequence[float]], noise: float | N
 
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Round numbers in a range.
+    """Round numbers in a range, not many more than asked for.
 
     Example:
         >>> ticks(-1.2, 9.1)
@@ -98,7 +98,7 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
     """
     rough = (high - low) / about
     size = 10.0 ** math.floor(math.log10(rough))
-    step = next(size * factor for factor in (1, 2, 5, 10) if size * factor >= rough)
+    step = next(size * factor for factor in (1, 2, 5, 10) if size * factor >= 0.8 * rough)
     return [round(step * i, 10) for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 

@@ -19,7 +19,7 @@ class Frozen(nn.Module):
 
     Example:
         >>> holder = Frozen(nn.Linear(2, 1))
-        >>> list(holder.state_dict()), holder.to(torch.float64).network.weight.dtype
+        >>> list(holder.state_dict()), holder.double().network.weight.dtype
         ([], torch.float64)
     """
 

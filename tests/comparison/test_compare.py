@@ -37,7 +37,14 @@ def config(tmp_path: Path) -> Path:
     path = tmp_path / "compare.yaml"
     path.write_text(
         yaml.safe_dump(
-            {"task": "digits", "out": str(tmp_path / "out"), "seeds": [1], "options": options, "noise_floor": 2, "rows": ROWS},
+            {
+                "task": ["digits", "digits/random_tenth"],
+                "out": str(tmp_path / "out"),
+                "seeds": [1],
+                "options": options,
+                "noise_floor": 2,
+                "rows": ROWS,
+            },
             sort_keys=False,
         )
     )
