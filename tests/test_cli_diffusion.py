@@ -105,7 +105,7 @@ def test_random_mask_and_other_methods_are_a_line_each(original: Path, tmp_path:
         (["--data.forget.names=[cat]"], "There is no class 'cat'"),
         (["--model.null_class=null", "--model.network.num_class_embeds=10"], "Guidance and label dropout need a null class"),
         (["--model.null_class=3"], "null_class 3 is the number of a class of the data"),
-        (["--model.network.num_class_embeds=10"], "The network embeds 10 classes, but 11 are needed"),
+        (["--model.null_class=10", "--model.network.num_class_embeds=10"], "The network embeds 10 classes, but 11 are needed"),
         (["--model.noise_scheduler=diffusers.FlowMatchEulerDiscreteScheduler"], "does not fit: it has no variance schedule"),
         (["--model.sampling.scheduler=diffusers.FlowMatchEulerDiscreteScheduler"], "does not fit"),
         (["--model.sampling.steps=0"], "steps must be positive"),

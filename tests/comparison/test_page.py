@@ -174,7 +174,7 @@ def test_distances_are_paired_and_the_noise_floor_is_that_of_retrained_models() 
     assert [(row["label"], row["mean"]) for row in gap["rows"]] == [("GA", "5.50")]
     assert ua["noise"] == gap["noise"] == "1.50"  # 2 and 1
     scale = {float(label): place for place, label in ua["ticks"]}
-    unit = (scale[5.0] - scale[0.0]) / 5
+    unit = (scale[4.0] - scale[0.0]) / 4
     (row,) = ua["rows"]
     assert scale[0.0] == ua["zero"]
     assert row["points"] == pytest.approx([scale[0.0] - 3 * unit, scale[0.0] + 8 * unit], abs=0.2)
