@@ -167,7 +167,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_torch(
-    path: str | os.PathLike[str], what: str = "a checkpoint", stream: IO[bytes] | None = None, map_location: Any = "cpu"
+    path: str | os.PathLike[str],
+    what: str = "a checkpoint",
+    stream: IO[bytes] | None = None,
+    map_location: Any = "cpu",
+    mmap: bool = False,
 ) -> Any:
     """What a file of torch holds: tensors and plain data. Nothing in it is executed.
 
@@ -176,6 +180,7 @@ def read_torch(
         what: What it should be, for the message.
         stream: The content, where it is not read from ``path``.
         map_location: The device of the tensors.
+        mmap: Leave the tensors on the disk until they are looked at.
 
     Raises:
         ValueError: The file is damaged, or would need code to be executed.
@@ -183,6 +188,8 @@ def read_torch(
     import torch
 
     try:
+        if mmap:
+            return torch.load(path, map_location=map_location, weights_only=True, mmap=True)
         # not by its path: torch takes one that ends in .safetensors for what its name says
         with _opened(path, stream) as file:
             return torch.load(file, map_location=map_location, weights_only=True)

@@ -204,6 +204,15 @@ def test_a_damaged_file_of_torch_is_refused(content: bytes, tmp_path: Path) -> N
     assert "weights_only" not in f"{caught.value} {caught.value.__cause__}"
 
 
+def test_tensors_may_stay_on_the_disk(tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    torch.save({"weight": torch.arange(1000.0)}, path)
+    assert torch.equal(read_torch(path, mmap=True)["weight"], torch.arange(1000.0))
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="cannot be read as a checkpoint; it may be truncated"):
+        read_torch(path, mmap=True)
+
+
 def test_what_is_wrong_with_a_file_of_tensors(tmp_path: Path) -> None:
     path = tmp_path / "file.safetensors"
     assert tensors_fault(path) == "it is gone"

@@ -156,8 +156,7 @@ class GenerationEvaluator(Callback):
         results: dict[str, Any] = self.distribution.compute()
         if self.classifier is not None:
             self.predictions = self._recorder.predictions()
-            forgotten = getattr(trainer.datamodule, "forgotten_classes", [])  # type: ignore[attr-defined]
-            results |= recognition(self.predictions.sets["generated"], forgotten, _names(trainer))
+            results |= recognition(self.predictions.sets["generated"], _forgotten(trainer), _names(trainer))
         pl_module.log_dict(results, sync_dist=True)
 
     def _take(self, trainer: Trainer, generated: dict[str, Any]) -> None:
@@ -189,6 +188,10 @@ def _names(trainer: Trainer) -> list[str]:
     return names
 
 
+def _forgotten(trainer: Trainer) -> list[int]:
+    numbers: list[int] = getattr(trainer.datamodule, "forgotten_classes", [])  # type: ignore[attr-defined]
+    return numbers
+
+
 def _retained(trainer: Trainer, targets: Tensor) -> Tensor:
-    forgotten = getattr(trainer.datamodule, "forgotten_classes", [])  # type: ignore[attr-defined]
-    return ~torch.isin(targets, torch.tensor(forgotten, dtype=torch.int64, device=targets.device))
+    return ~torch.isin(targets, torch.tensor(_forgotten(trainer), dtype=torch.int64, device=targets.device))

@@ -14,7 +14,7 @@ from salun_lightning.files import whole
 class PredictionsWriter(Callback):
     """Writes ``predictions.safetensors`` into the run folder after ``test`` and ``predict``, and a table of ``predict``.
 
-    It takes the attribute ``predictions`` of a module, which ``ImageClassifier`` has; other modules are left alone. The table,
+    It takes the attribute ``predictions`` of a module, as ours have; other modules are left alone. The table,
     ``predictions.csv``, holds set, index, target and the probability of each class. Nothing is written in a ``fast_dev_run``,
     which sees only the first batches.
     """

@@ -91,7 +91,7 @@ def fault(checkpoint: Path) -> str | None:
     if not checkpoint.is_file():
         return "it is gone"
     try:
-        read_torch(checkpoint)
+        read_torch(checkpoint, mmap=True)
     except ValueError:
         return "it is damaged"
     return None

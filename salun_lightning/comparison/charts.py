@@ -2,11 +2,10 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import combinations
 from statistics import fmean
 from typing import Any
 
-from salun_lightning.comparison.report import Results, Table
+from salun_lightning.comparison.report import Results, Table, retrained_pairs
 from salun_lightning.evidence.gaps import average_gap, gaps
 
 WIDTH = 340
@@ -44,11 +43,7 @@ def _distances(results: Results, table: Table, row: str, name: str) -> list[floa
 
 def _noise(results: Results, table: Table, name: str) -> float | None:
     """How far models that were retrained for the same run are from each other, as a mean over all pairs."""
-    retrained: dict[Any, list[Mapping[str, Any]]] = {}
-    for (row, run), result in results.items():
-        if row in (table.reference, *table.noise_floor):
-            retrained.setdefault(run, []).append(result["metrics"])
-    pairs = [pair for models in retrained.values() for pair in combinations(models, 2)]
+    pairs = retrained_pairs(results, table)
     if name == "gap":
         found = [gap for pair in pairs if (gap := average_gap(*pair, table.metrics)) is not None]
     else:

@@ -60,13 +60,10 @@ def summarise(results: Results, table: Table) -> dict[str, dict[str, dict[str, f
             if result.get(counted) and paired.get(counted):
                 figures[name].append(result[counted] / paired[counted])
         if row not in table.noise_floor:
-            figures["gap"] += _gaps([measured, paired["metrics"]], table)
+            figures["gap"] += _gap(measured, paired["metrics"], table)
     if table.noise_floor and table.noise_floor[0] in rows:
-        retrained: dict[Any, list[Mapping[str, float]]] = {}
-        for (row, run), result in results.items():
-            if row in (table.reference, *table.noise_floor):
-                retrained.setdefault(run, []).append(result["metrics"])
-        rows[table.noise_floor[0]]["gap"] = [gap for models in retrained.values() for gap in _gaps(models, table)]
+        pairs = retrained_pairs(results, table)
+        rows[table.noise_floor[0]]["gap"] = [gap for pair in pairs for gap in _gap(*pair, table)]
     return {
         row: {
             name: {"mean": fmean(values), "std": stdev(values) if len(values) > 1 else 0.0, "runs": len(values)}
@@ -77,10 +74,19 @@ def summarise(results: Results, table: Table) -> dict[str, dict[str, dict[str, f
     }
 
 
-def _gaps(models: list[Mapping[str, float]], table: Table) -> list[float]:
-    """The average gap of each pair that has one."""
-    gaps = [average_gap(one, other, table.metrics) for one, other in combinations(models, 2)] if table.gap else []
-    return [gap for gap in gaps if gap is not None]
+def retrained_pairs(results: Results, table: Table) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """The figures of each two models that were retrained for the same run: how far they are apart is the noise floor."""
+    retrained: dict[Any, list[dict[str, Any]]] = {}
+    for (row, run), result in results.items():
+        if row in (table.reference, *table.noise_floor):
+            retrained.setdefault(run, []).append(result["metrics"])
+    return [pair for models in retrained.values() for pair in combinations(models, 2)]
+
+
+def _gap(one: Mapping[str, Any], other: Mapping[str, Any], table: Table) -> list[float]:
+    """The average gap of two models, if it is asked for and they have one."""
+    gap = average_gap(one, other, table.metrics) if table.gap else None
+    return [] if gap is None else [gap]
 
 
 def table_rows(summary: Mapping[str, Any], results: Results, table: Table) -> tuple[list[str], list[list[str]]]:

@@ -38,9 +38,9 @@ def accuracy(part: PredictedSet) -> Tensor:
     return right(part.probabilities, part.targets).float().mean()
 
 
-def right(probabilities: Tensor, targets: Tensor) -> Tensor:
-    """Which samples are right, bool of shape (N,). Those with NaN are not: argmax would call it class 0."""
-    return (probabilities.argmax(1) == targets) & ~probabilities.isnan().any(1)
+def right(scores: Tensor, targets: Tensor) -> Tensor:
+    """Which samples are right by logits or probabilities, bool of shape (N,). NaN is not: argmax would call it class 0."""
+    return (scores.argmax(1) == targets) & ~scores.isnan().any(1)
 
 
 def membership_inference(retain: PredictedSet, test: PredictedSet, forget: PredictedSet) -> float:
@@ -101,7 +101,7 @@ def recognition(generated: PredictedSet, forgotten_classes: Sequence[int], class
         class_names: The names of all classes.
     """
     logits, targets = generated.logits, generated.targets
-    found = (logits.argmax(1) == targets) & ~logits.isnan().any(1)
+    found = right(logits, targets)
     gone = torch.isin(targets, torch.tensor(forgotten_classes, dtype=torch.int64))
     results: dict[str, Tensor] = {}
     if gone.any():
