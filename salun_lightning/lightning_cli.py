@@ -153,6 +153,12 @@ class UnlearningCLI(LightningCLI):
             default=None,
             help="Which weights may move: ratio or mask, score, freeze_buffers. Without it, all may.",
         )
+        parser.add_argument(
+            "--search",
+            type=dict[str, Any] | None,
+            default=None,
+            help="Where the command 'search' looks for good values of options; a run itself does not heed it.",
+        )
 
     @override
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:

@@ -27,7 +27,7 @@ class Passes(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         networks = [getattr(pl_module, "network", pl_module)]
-        if getattr(getattr(pl_module, "method", None), "needs_original", False):
+        if getattr(pl_module, "_reference", None) is not None:
             networks.append(pl_module.reference)
         self._hooks = [network.register_forward_hook(self._count, with_kwargs=True) for network in networks]
 

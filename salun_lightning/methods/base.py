@@ -1,7 +1,7 @@
 """What a method is."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from lightning.pytorch import Callback
@@ -40,8 +40,11 @@ class Method(Callback, ABC):
     kind: Kind = "any"
     """The kind of model that it is for."""
 
+    inner: "Sequence[Method]" = ()
+    """Methods that this one is made of; their hooks are called before its own."""
+
     @abstractmethod
-    def loss(self, module: "UnlearningModule", batch: Mapping[str, Samples]) -> Tensor:
+    def loss(self, module: "UnlearningModule", batch: Mapping[str, Samples]) -> Tensor | None:
         """The loss that the optimizer minimises.
 
         Args:
@@ -49,7 +52,7 @@ class Method(Callback, ABC):
             batch: The parts ``forget`` and ``retain``, as ``order`` brings them; either may be absent.
 
         Returns:
-            A scalar.
+            A scalar; None if this batch is to be passed over.
         """
 
 
@@ -72,12 +75,21 @@ def part(batch: Mapping[str, Samples], name: str, method: Method) -> Samples:
     return batch[name]
 
 
+def all_of(method: Method) -> Iterator[Method]:
+    """A method and those that it is made of, the inner ones first."""
+    for inner in method.inner:
+        yield from all_of(inner)
+    yield method
+
+
 def check_kind(method: Method, module: "UnlearningModule") -> None:
     """Refuse a method that is for another kind of model.
 
     Raises:
         ValueError: It is.
     """
+    for inner in method.inner:
+        check_kind(inner, module)
     if method.kind not in ("any", module.kind):
         name = type(method).__name__
         raise ValueError(f"{name} is a method for {method.kind} models; {type(module).__name__} is none.")

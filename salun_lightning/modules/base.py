@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from salun_lightning.data import ForgetRetainDataModule, Order, Samples, epoch_seed, run_seed, split
-from salun_lightning.methods.base import Kind, Method, check_kind
+from salun_lightning.methods.base import Kind, Method, all_of, check_kind
 from salun_lightning.methods.finetune import FineTune
 from salun_lightning.modules.record import KEY, arguments_from, check_resumed, record_of
 from salun_lightning.modules.trouble import Divergence, batch_norm_explained
@@ -107,10 +107,10 @@ class UnlearningModule(LightningModule, ABC):
 
     @override
     def configure_callbacks(self) -> list[Callback]:
-        """Attach the method, so that Lightning calls its hooks."""
+        """Attach the method and those that it is made of, so that Lightning calls their hooks."""
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
         callbacks[:] = [callback for callback in callbacks if not isinstance(callback, Method)]  # of a module trained before
-        return [self.method]
+        return [*all_of(self.method)]
 
     @override
     def setup(self, stage: str) -> None:
@@ -118,7 +118,7 @@ class UnlearningModule(LightningModule, ABC):
             return
         used = self._started  # the network may hold other weights, of training or of a test before
         self._load_original()  # before the strategy wraps or shards the network; a resumed run restores its own weights later
-        if self.method.needs_original:
+        if any(method.needs_original for method in all_of(self.method)):
             self._reference = Frozen(deepcopy(self.network))
             if used and self.original is not None:
                 load_weights(self.reference, read_checkpoint(self.original))
@@ -207,10 +207,12 @@ class UnlearningModule(LightningModule, ABC):
         seed_all(epoch_seed(run_seed(), self.current_epoch, self.global_rank))
 
     @override
-    def training_step(self, batch: Mapping[str, Samples]) -> Tensor:
+    def training_step(self, batch: Mapping[str, Samples]) -> Tensor | None:
         sizes = {name: len(part.targets) for name, part in batch.items()}
         with batch_norm_explained(sizes):
             loss = self.method.loss(self, batch)
+        if loss is None:
+            return None
         self._divergence.note(loss)
         size = sum(sizes.values())
         self.log("train/loss", loss, prog_bar=True, on_step=False, on_epoch=True, batch_size=size, sync_dist=True)

@@ -51,7 +51,19 @@ class ImageClassifier(UnlearningModule):
     @override
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, classes) of images (B, C, H, W) in [0, 1]."""
-        return self._logits(self.network, images)
+        return self.logits(images)
+
+    def logits(self, images: Tensor, original: bool = False) -> Tensor:
+        """Logits (B, classes) of images (B, C, H, W) in [0, 1].
+
+        Args:
+            images: The images.
+            original: By the original network, see ``reference``, and without gradients.
+        """
+        if not original:
+            return self._logits(self.network, images)
+        with torch.no_grad():
+            return self._logits(self.reference, images)
 
     def _logits(self, network: nn.Module, images: Tensor) -> Tensor:
         return logits_of(network(images.contiguous(memory_format=self.memory_format)))
