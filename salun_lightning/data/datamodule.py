@@ -57,6 +57,8 @@ class ForgetRetainDataModule(LightningDataModule):
         input_key: Where a sample holds its image: a position in a tuple, or a key of a dictionary.
         target_key: Likewise, its class.
         wrong_labels: Labels part of the training set wrong: for every model, the original one included.
+        augment_epochs: For how many epochs ``train_transform`` is used; after them training sees images as evaluation does.
+            None for all of them.
 
     Raises:
         ValueError: The request cannot be met, or leaves nothing to forget or nothing to retain.
@@ -86,13 +88,14 @@ class ForgetRetainDataModule(LightningDataModule):
         input_key: int | str = 0,
         target_key: int | str = 1,
         wrong_labels: WrongLabels | None = None,
+        augment_epochs: int | None = None,
     ) -> None:
         super().__init__()
         check_split(forget, wrong_labels, val_fraction, split_seed)
         if batch_size < 1:
             raise ValueError(f"batch_size must be positive, got {batch_size}.")
-        if num_workers < 0:
-            raise ValueError(f"num_workers must not be negative, got {num_workers}.")
+        if num_workers < 0 or (augment_epochs or 0) < 0:
+            raise ValueError(f"num_workers and augment_epochs must not be negative, got {num_workers} and {augment_epochs}.")
         self.forget = forget
         self.wrong_labels = wrong_labels
         self.given = Sources(train, test, class_names)
@@ -105,6 +108,7 @@ class ForgetRetainDataModule(LightningDataModule):
         self.order = order
         self.num_workers = num_workers
         self.keys = (input_key, target_key)
+        self.augment_epochs = augment_epochs
         self._ready = False
 
     def load(self) -> Sources:
@@ -172,9 +176,17 @@ class ForgetRetainDataModule(LightningDataModule):
         order = self._training_order()
         marked = torch.isin(torch.arange(len(self._train_targets)), self.forget_indices) & (order != "all")
         sampler = TrainingOrder(self.forget_indices, self.retain_indices, order, self.batch_size, run_seed(), *self._replicas())
+        samples = self._training_samples(self.train_transform, marked)
+
+        def choose_transform(epoch: int) -> None:
+            plain = self.augment_epochs is not None and epoch >= self.augment_epochs
+            samples.transform = self.eval_transform if plain else self.train_transform
+
+        sampler.on_epoch = choose_transform
+        choose_transform(0)
         if self.trainer is not None:  # of a resumed run, worker processes fetch batches before Lightning tells the epoch
             sampler.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
-        return self._loader(self._training_samples(self.train_transform, marked), sampler)
+        return self._loader(samples, sampler)
 
     def forget_dataloader(self) -> DataLoader[Any]:
         """The forget set for the saliency pass: all of it on every process, in order, with evaluation transforms."""

@@ -30,23 +30,32 @@ class ImageFolderDataModule(ForgetRetainDataModule):
             default there are none.
         check_images: Whether files that cannot be read are found before training, at 0.2 s for 1,000 images (a truncated JPEG
             is known by its end); else when their turn comes.
+        per_class: Take only the first so many training images of each class, by name of the file. None for all.
         **kwargs: See ``ForgetRetainDataModule``.
 
     Raises:
-        ValueError: ``image_size`` is not positive, ``root`` holds no ``train`` folder, the classes of the two folders differ,
-            one is empty, or an image cannot be read.
+        ValueError: ``image_size`` or ``per_class`` is not positive, ``root`` holds no ``train`` folder, the classes of the two
+            folders differ, one is empty, or an image cannot be read.
     """
 
     def __init__(
-        self, root: str | Path, image_size: int = 224, in_memory: bool = False, check_images: bool = True, **kwargs: Any
+        self,
+        root: str | Path,
+        image_size: int = 224,
+        in_memory: bool = False,
+        check_images: bool = True,
+        per_class: int | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if image_size < 1:
-            raise ValueError(f"image_size must be positive, got {image_size}.")
+        for name, number in {"image_size": image_size, "per_class": 1 if per_class is None else per_class}.items():
+            if number < 1:
+                raise ValueError(f"{name} must be positive, got {number}.")
         self.root = Path(root)
         self.image_size = image_size
         self.in_memory = in_memory
         self.check_images = check_images
+        self.per_class = per_class
         if not in_memory:
             to_tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
             crop = [v2.RandomResizedCrop(image_size, antialias=True), v2.RandomHorizontalFlip()]
@@ -58,7 +67,7 @@ class ImageFolderDataModule(ForgetRetainDataModule):
 
     @override
     def load(self) -> Sources:
-        train, test = (self._folder(self.root / split) for split in ("train", "test"))
+        train, test = self._folder(self.root / "train", self.per_class), self._folder(self.root / "test")
         if train is None:
             raise ValueError(
                 f"There is no folder '{self.root / 'train'}'. Images are expected in train/<class>/ and test/<class>/."
@@ -70,10 +79,12 @@ class ImageFolderDataModule(ForgetRetainDataModule):
             return Sources(self._decoded(train), None if test is None else self._decoded(test), train.classes)
         return Sources(train, test, train.classes)
 
-    def _folder(self, folder: Path) -> "_Images | None":
+    def _folder(self, folder: Path, per_class: int | None = None) -> "_Images | None":
         if not folder.is_dir():
             return None
         images = _Images(folder)
+        if per_class is not None:
+            images.keep_first(per_class)
         if self.check_images:
             check_images([path for path, _ in images.samples])
         return images
@@ -98,6 +109,14 @@ class _Images(ImageFolder):  # type: ignore[misc]  # torchvision has no types
                 f"There is no image in '{folder / self.classes[number]}'. Put images there, or remove the folder. Files of"
                 f" these types are read: {' '.join(IMG_EXTENSIONS)}."
             )
+
+    def keep_first(self, per_class: int) -> None:
+        """Leave out all but the first images of each class."""
+        of_class: dict[int, list[tuple[str, int]]] = {}
+        for path, target in vars(self)["samples"]:  # sorted by class and name
+            of_class.setdefault(target, []).append((path, target))
+        self.samples = self.imgs = [sample for samples in of_class.values() for sample in samples[:per_class]]
+        self.targets = [target for _, target in self.samples]
 
     @override
     def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:

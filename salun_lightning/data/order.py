@@ -1,7 +1,7 @@
 """In which order training meets what is to be forgotten and what is to be retained."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, get_args
 
 import torch
@@ -59,6 +59,8 @@ class TrainingOrder(DistributedSampler[Any]):
 
     generator: torch.Generator
     """Seeds the worker processes of the loader. It follows the epoch, so that a resumed run augments alike."""
+    on_epoch: Callable[[int], None] = staticmethod(lambda epoch: None)
+    """Called with the number of each epoch before its first batch is fetched."""
 
     def __init__(
         self,
@@ -84,6 +86,7 @@ class TrainingOrder(DistributedSampler[Any]):
     def set_epoch(self, epoch: int) -> None:
         super().set_epoch(epoch)
         self.generator.manual_seed(epoch_seed(self.seed, epoch, self.rank))
+        self.on_epoch(epoch)
 
     @override
     def __iter__(self) -> Iterator[list[int]]:

@@ -156,6 +156,21 @@ def test_augmentation_is_for_training_alone(in_memory: bool) -> None:
             assert numbers(part.inputs) == (part.indices // 2).tolist()
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_augmentation_may_end_before_training(workers: int) -> None:
+    data = Pairs(list(numbered_images(60).images), [0, 1, 2] * 20)
+    datamodule = ForgetRetainDataModule(
+        ForgetRandom(count=12), data, train_transform=Darker(), augment_epochs=2, num_workers=workers
+    )
+    datamodule.setup()
+    loader = datamodule.train_dataloader()
+    for epoch in (0, 1, 2, 3, 1):  # the last one as a run is resumed
+        loader.sampler.set_epoch(epoch)  # as Lightning does
+        for batch in loader:
+            for part in batch.values():
+                assert numbers(part.inputs) == (part.indices // (2 if epoch < 2 else 1)).tolist()
+
+
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_evaluation_transform_is_for_evaluation_and_the_saliency_pass(in_memory: bool) -> None:
     images = numbered_images(60)

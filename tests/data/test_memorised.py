@@ -1,4 +1,4 @@
-"""The most memorised tenth of the digits: how it is found, and the file of it that is shipped."""
+"""The most memorised tenth of a training set: how it is found, and the file of it that is shipped."""
 
 import importlib.util
 from pathlib import Path
@@ -10,13 +10,14 @@ import torch
 from salun_lightning.data import DigitsDataModule, ForgetIndices
 from salun_lightning.lightning_cli import UnlearningCLI
 
-DIGITS = Path(__file__).parents[2] / "configs" / "digits"
+CONFIGS = Path(__file__).parents[2] / "configs"
+DIGITS = CONFIGS / "digits"
 
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
     """The script as a module."""
-    spec = importlib.util.spec_from_file_location("memorised", DIGITS / "memorised.py")
+    spec = importlib.util.spec_from_file_location("memorised", CONFIGS / "memorised.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -248,6 +248,23 @@ def test_image_folder(tmp_path: Path, in_memory: bool, size: int) -> None:
     )
 
 
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_the_first_images_of_each_class(tmp_path: Path, in_memory: bool) -> None:
+    root = image_folder(tmp_path)
+    settings: dict[str, Any] = {"image_size": 6, "in_memory": in_memory, "forget": ForgetRandom(count=3)}
+    first, whole = (ImageFolderDataModule(root, per_class=count, **settings) for count in (4, None))
+    shades = []
+    for datamodule in (first, whole):
+        datamodule.setup()
+        samples = [batch for name in ("forget", "retain") for batch in datamodule.set_dataloader(name)]
+        images, indices = (torch.cat(fields) for fields in zip(*((s.inputs, s.indices) for s in samples), strict=True))
+        shades.append(images[indices.argsort(), 0, 0, 0])
+    assert shades[0].tolist() == shades[1][[0, 1, 2, 3, 6, 7, 8, 9]].tolist()
+    assert len(first.test_dataloader()["test"].dataset) == len(whole.test_dataloader()["test"].dataset)
+    with pytest.raises(ValueError, match=r"per_class must be positive, got 0\."):
+        ImageFolderDataModule(root, per_class=0, forget=ForgetRandom(count=3))
+
+
 def test_image_folder_with_workers(tmp_path: Path) -> None:
     root = image_folder(tmp_path)
     check_folder(ImageFolderDataModule(root, image_size=6, num_workers=2, forget=ForgetRandom(count=3), batch_size=2), 6)

@@ -1,15 +1,15 @@
-"""Which tenth of the digits' training set do models memorise? Writes memorised.txt, a file for ``ForgetIndices``.
+"""Which tenth of a task's training set do models memorise? Writes <task>/memorised.txt, a file for ``ForgetIndices``.
 
 An image is memorised as far as models are surer of its class for having been trained on it:
 
     memorisation = mean probability of its class, over the models that were trained on it
                  - mean probability of its class, over those that were not
 
-(Feldman and Zhang, NeurIPS 2020, who count right answers in place of probabilities). Each model is trained as digits/retrain
+(Feldman and Zhang, NeurIPS 2020, who count right answers in place of probabilities). Each model is trained as <task>/retrain
 says, with another random 30 % of the training set left out. The images of the validation set are in no training set, so they
 have no rank.
 
-    python configs/digits/memorised.py
+    python configs/memorised.py --task digits
 
 Further arguments are those of ``fit``, such as --trainer.max_epochs=2.
 """
@@ -28,7 +28,7 @@ HERE = Path(__file__).parent
 QUIET = ("--trainer.logger=false", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false")
 
 
-def train_one(seed: int, folder: str, options: list[str]) -> tuple[Tensor, Tensor, Tensor]:
+def train_one(task: str, seed: int, folder: str, options: list[str]) -> tuple[Tensor, Tensor, Tensor]:
     """Train one model, and ask it.
 
     Returns:
@@ -36,7 +36,8 @@ def train_one(seed: int, folder: str, options: list[str]) -> tuple[Tensor, Tenso
     """
     left_out = ["--data.forget=ForgetRandom", "--data.forget.fraction=0.3", f"--data.forget.seed={seed}"]
     once = [f"--trainer.default_root_dir={folder}", "--trainer.limit_val_batches=0", f"--seed_everything={seed}"]
-    cli = UnlearningCLI(args=["--config=digits", "--config=digits/retrain", *left_out, *once, *QUIET, *options], run=False)
+    configs = [f"--config={task}", f"--config={task}/retrain"]
+    cli = UnlearningCLI(args=[*configs, *left_out, *once, *QUIET, *options], run=False)
     cli.trainer.fit(cli.model, datamodule=cli.datamodule)
     cli.trainer.predict(cli.model, datamodule=cli.datamodule, return_predictions=False)
     asked = cli.model.predictions.training
@@ -61,25 +62,29 @@ def top(scores: Tensor) -> Tensor:
 
 def main(args: list[str] | None = None) -> None:
     """Train the models, write the file, and print what it holds."""
-    parser = argparse.ArgumentParser(description="Which tenth of the digits do models memorise?", allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="Which tenth of a task's images do models memorise?", allow_abbrev=False)
+    parser.add_argument("--task", default="digits", help="configuration of the task; <task>/retrain lies beside it")
     parser.add_argument("--models", type=int, default=24, help="how many models to train")
     parser.add_argument("--seed", type=int, default=10_000, help="seed of the first model; each has the next one")
-    parser.add_argument("--out", type=Path, default=HERE / "memorised.txt", help="the file to write")
+    parser.add_argument("--out", type=Path, help="the file to write; by default <task>/memorised.txt beside this script")
     own, options = parser.parse_known_args(args)
     torch.set_num_threads(1)  # networks this small are fastest so, and sums depend on it
     with TemporaryDirectory() as folder:
-        trained = [train_one(own.seed + number, folder, options) for number in range(own.models)]
+        trained = [train_one(own.task, own.seed + number, folder, options) for number in range(own.models)]
     (positions, *_), inside, of_class = (torch.stack(part) for part in zip(*trained, strict=True))
     scores = memorisation(inside, of_class)
     chosen, half = top(scores), own.models // 2
     halves = [top(memorisation(inside[models], of_class[models])) for models in (slice(half), slice(half, None))]
     rest = torch.ones_like(scores, dtype=torch.bool).index_fill(0, chosen, False)
     head = (
-        f"The {len(chosen)} of {len(positions)} training images of the digits that {own.models} models memorise most.",
+        f"The {len(chosen)} of {len(positions)} training images of {own.task} that {own.models} models memorise most.",
         f"Mean memorisation: {scores[chosen].nanmean():.3f}, of the others {scores[rest].nanmean():.3f}.",
         f"Seeds from {own.seed}; made by memorised.py. Positions hold for val_fraction 0.1 and split_seed 0.",
     )
-    write_text(own.out, "".join(f"# {line}\n" for line in head) + "".join(f"{n}\n" for n in positions[chosen].tolist()))
+    write_text(
+        own.out or HERE / own.task / "memorised.txt",
+        "".join(f"# {line}\n" for line in head) + "".join(f"{n}\n" for n in positions[chosen].tolist()),
+    )
     alike = torch.isin(*halves).double().mean()
     print(*head[:2], f"Of the tenth by the first half of the models, {alike:.0%} are in that by the second half.", sep="\n")
 
