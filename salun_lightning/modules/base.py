@@ -21,7 +21,7 @@ from salun_lightning.data import ForgetRetainDataModule, Order, Samples, epoch_s
 from salun_lightning.methods.base import Kind, Method, all_of, check_kind
 from salun_lightning.methods.finetune import FineTune
 from salun_lightning.modules.record import KEY, arguments_from, check_resumed, record_of
-from salun_lightning.modules.trouble import Divergence, batch_norm_explained
+from salun_lightning.modules.trouble import EpochLoss, batch_norm_explained
 from salun_lightning.networks.frozen import Frozen
 from salun_lightning.networks.loading import load_weights, read_checkpoint
 from salun_lightning.weights import train_only
@@ -182,7 +182,7 @@ class UnlearningModule(LightningModule, ABC):
 
     @override
     def on_fit_start(self) -> None:
-        self._divergence = Divergence()
+        self._epoch_loss = EpochLoss()
         self.check_network()
 
     @override
@@ -213,14 +213,12 @@ class UnlearningModule(LightningModule, ABC):
             loss = self.method.loss(self, batch)
         if loss is None:
             return None
-        self._divergence.note(loss)
-        size = sum(sizes.values())
-        self.log("train/loss", loss, prog_bar=True, on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
+        self._epoch_loss.add(loss, sum(sizes.values()))
         return loss
 
     @override
     def on_train_epoch_end(self) -> None:
-        self._divergence.report(self)
+        self._epoch_loss.report(self)
 
     @override
     def configure_optimizers(self) -> Any:

@@ -31,24 +31,30 @@ def batch_norm_explained(sizes: Mapping[str, int]) -> Iterator[None]:
         ) from error
 
 
-class Divergence:
-    """Notes losses that are not finite without waiting for the device, and says so once, at the end of the epoch."""
+class EpochLoss:
+    """The mean loss of an epoch, without waiting for the device. Where it is not finite, this is said once."""
 
     def __init__(self) -> None:
-        self._finite: Tensor | None = None
+        self._sum: Tensor | float = 0.0
+        self._samples = 0
         self._said = False
 
-    def note(self, loss: Tensor) -> None:
-        """Take the loss of a step."""
-        finite = loss.detach().isfinite()
-        self._finite = finite if self._finite is None else self._finite & finite
+    def add(self, loss: Tensor, samples: int) -> None:
+        """Take the loss of a step, a mean over so many samples."""
+        self._sum = self._sum + loss.detach().float() * samples
+        self._samples += samples
 
     def report(self, module: LightningModule) -> None:
-        """Warn, on the first process, if a loss of this epoch was not finite on any. All of them must call it."""
-        finite, self._finite = self._finite, None
-        if finite is None or self._said:
+        """Log the mean over all processes, and warn, on the first, if it is not finite. All of them must call it."""
+        if not isinstance(self._sum, Tensor):
             return
-        lost: Tensor = module.trainer.strategy.reduce((~finite).float(), reduce_op="sum")
+        mean, samples = self._sum / self._samples, self._samples
+        self._sum, self._samples = 0.0, 0
+        # once an epoch: to log each step takes longer than the step of a small optimizer
+        module.log("train/loss", mean, prog_bar=True, batch_size=samples, sync_dist=True)
+        if self._said:
+            return
+        lost: Tensor = module.trainer.strategy.reduce((~mean.isfinite()).float(), reduce_op="sum")
         if lost > 0:
             self._said = True
             rank_zero_warn(

@@ -321,6 +321,23 @@ def test_a_single_sample_for_batch_norm(tmp_path: Path) -> None:
         trainer(tmp_path, max_epochs=1).fit(ImageClassifier(network), datamodule=plain_data(batch_size=7))
 
 
+class Noting(FineTune):
+    """Notes the mean loss and the number of samples of each step."""
+
+    def loss(self, module: Any, batch: Any) -> Tensor:
+        loss = super().loss(module, batch)
+        self.steps = [*getattr(self, "steps", []), (loss.item(), sum(len(part.targets) for part in batch.values()))]
+        return loss
+
+
+def test_the_loss_of_an_epoch_is_a_mean_over_its_samples(tmp_path: Path) -> None:
+    method, runner = Noting(), trainer(tmp_path, max_epochs=1)
+    runner.fit(classifier(method=method), datamodule=digits())
+    losses, sizes = zip(*method.steps, strict=True)
+    assert len(set(sizes)) > 1  # the last batch is smaller
+    assert runner.callback_metrics["train/loss"].item() == pytest.approx(np.average(losses, weights=sizes))
+
+
 class Diverging(FineTune):
     """From its second epoch on, the loss is what a diverged model's is."""
 
