@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -70,6 +70,29 @@ class OneShot(Method):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._edit = {}
+
+
+def batches_at(data: Any, positions: Tensor, size: int | None = None) -> Iterator[Samples]:
+    """Training samples in batches, with evaluation transforms; the same on every process.
+
+    Args:
+        data: The datamodule.
+        positions: Where they are in the training data, int64.
+        size: Samples a batch; by default that of the datamodule.
+    """
+    samples = data.set_dataloader("forget").dataset  # of the whole training set; it is the loader that reads one part of it
+    return (samples[part.tolist()] for part in positions.split(size or data.batch_size))
+
+
+def spread(positions: Tensor, count: int) -> Tensor:
+    """Some positions of a set, evenly spread over it; all of them if there are not more.
+
+    Example:
+        >>> spread(torch.tensor([2, 3, 5, 7, 11, 13]), 3)
+        tensor([ 2,  5, 11])
+    """
+    count = min(count, len(positions))
+    return positions[torch.arange(count) * len(positions) // count]
 
 
 def _more_than_one_plain_step(trainer: Trainer) -> Iterator[str]:

@@ -26,13 +26,14 @@ def gradient_sums(
     loss: Callable[[Any], Tensor] | None = None,
     strategy: Strategy | None = None,
     weights: Mapping[str, nn.Parameter] | None = None,
+    absolute: bool = False,
 ) -> dict[str, Tensor]:
     r"""Sum the gradients of a loss over the samples of a set: :math:`\sum_i \nabla_\theta \ell(x_i)`.
 
     With ``squared`` the square of the gradient of **each sample** is summed: :math:`\sum_i (\nabla_\theta \ell(x_i))^2`.
     Divided by their number, this is the diagonal of the empirical Fisher information. It takes one backward pass a sample.
     (The square of the gradient of a batch would be faster, but it depends on how many samples a batch has, so that two sets of
-    different size could not be compared.)
+    different size could not be compared.) With ``absolute`` it is the absolute value in the place of the square.
 
     The loss is ``loss``, or else ``module.forget_loss`` where the module has one, or else what ``module.training_step``
     returns. It is taken as a mean over its batch, and it counts once for each sample, so the batch size does not matter. If a
@@ -48,14 +49,15 @@ def gradient_sums(
         loss: Another loss than the module's, a mean over its batch.
         strategy: The strategy the module runs under; None for a module in this process, on its own device.
         weights: These weights of the module alone, by the names that the result is to have.
+        absolute: Whether the absolute value of the gradient of each sample is taken.
 
     Returns:
         A tensor of each weight's shape, at least float32, by plain weight name; the same on all ranks (``DTensor`` where the
         weight is one).
 
     Raises:
-        ValueError: There is no sample, no loss or no gradient, or the module is under manual optimization and has no
-            ``forget_loss``.
+        ValueError: There is no sample, no loss or no gradient, the module is under manual optimization and has no
+            ``forget_loss``, or gradients are to be both ``squared`` and ``absolute``.
 
     Example:
         >>> module = LightningModule()
@@ -66,6 +68,9 @@ def gradient_sums(
         >>> gradient_sums(module, batches, squared=True, loss=lambda inputs: (module.slope * inputs).mean())
         {'slope': tensor(14.)}
     """
+    if squared and absolute:
+        raise ValueError("Gradients can be squared or absolute, not both. Choose one.")
+    of_each = torch.square if squared else torch.abs if absolute else None
     weights = weights_of(module) if weights is None else weights
     loss = loss or getattr(module, "forget_loss", None)
     if loss is None and not module.automatic_optimization:
@@ -73,9 +78,9 @@ def gradient_sums(
             f"{type(module).__name__} optimizes manually, so its training_step does not say which loss the gradients are of."
             " Give the module a forget_loss(batch) that returns a scalar tensor."
         )
-    sums = _Sums(weights, squared)
+    sums = _Sums(weights, of_each)
     with undisturbed(module, weights=loss is None) as put_back, torch.enable_grad():
-        for batch, share in _shares(batches, squared, strategy):
+        for batch, share in _shares(batches, of_each is not None, strategy):
             ready = _ready(module, batch, strategy)
             with _context(strategy):
                 value = _loss_of(module, loss, ready)
@@ -95,21 +100,21 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 class _Sums:
     """Sums of gradients, at least in float32. Float32 gradients are summed by autograd where they already lie."""
 
-    def __init__(self, weights: Mapping[str, nn.Parameter], squared: bool) -> None:
+    def __init__(self, weights: Mapping[str, nn.Parameter], of_each: Callable[[Tensor], Tensor] | None) -> None:
         self.weights = weights
-        self.squared = squared
+        self.of_each = of_each
         self.totals: dict[nn.Parameter, Tensor] = {}
 
     def harvest(self, parameters: Iterable[nn.Parameter], eagerly: bool = True) -> None:
         """Move gradients into the totals. Unless ``eagerly``, leave those that may stay where they are."""
         for parameter in parameters:
             gradient = parameter.grad
-            if gradient is None or not (eagerly or self.squared or gradient.element_size() < 4):
+            if gradient is None or not (eagerly or self.of_each or gradient.element_size() < 4):
                 continue
             parameter.grad = None
             gradient = at_least_float32(gradient.to_dense() if gradient.is_sparse else gradient)
-            if self.squared:
-                gradient = gradient.square()
+            if self.of_each is not None:
+                gradient = self.of_each(gradient)
             total = self.totals.get(parameter)
             self.totals[parameter] = gradient if total is None else total.add_(gradient)
 
@@ -130,18 +135,18 @@ class _Sums:
             yield name, total
 
 
-def _shares(batches: Iterable[Any], squared: bool, strategy: Strategy | None) -> Iterator[tuple[Any, float]]:
+def _shares(batches: Iterable[Any], one_by_one: bool, strategy: Strategy | None) -> Iterator[tuple[Any, float]]:
     """This rank's batches and how much each counts: equally many on every rank, because sharded passes are collective.
 
-    Sharded gradients come out as the mean over the ranks. Squares must be of one sample's gradient, so there every rank looks
-    at the same sample; sums are shared out, and multiplied by the number of ranks.
+    Sharded gradients come out as the mean over the ranks. A square or absolute value must be of one sample's gradient, so there
+    every rank looks at the same sample; sums are shared out, and multiplied by the number of ranks.
     """
     rank, world, factor = 0, 1, 1
     sharded = is_a(strategy, ModelParallelStrategy)
-    if is_a(strategy, ParallelStrategy) and not (squared and sharded):
+    if is_a(strategy, ParallelStrategy) and not (one_by_one and sharded):
         share = strategy.distributed_sampler_kwargs  # type: ignore[union-attr]
         rank, world, factor = share["rank"], share["num_replicas"], share["num_replicas"] if sharded else 1
-    if squared:
+    if one_by_one:
         batches = (sample for batch in batches for sample in _samples(batch))
     group: list[Any] = []
     found = False
