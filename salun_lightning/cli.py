@@ -19,6 +19,7 @@ commands:
   test       measure what a checkpoint still knows: UA, RA, TA, MIA; of a diffusion model UA, entropy, FID and the like
   predict    write what a checkpoint says: class probabilities; of a diffusion model images
   compare    run methods x seeds against a paired retrained model, and report
+  search     find good values for the options of methods, on seeds that comparisons leave out
   configs    list the configurations that ship: tasks, methods, comparisons
   init       copy a task to start from, for images of your own
 
@@ -50,7 +51,7 @@ def main(args: list[str] | None = None) -> Any:
         args: Command-line arguments, without the name of the program; by default those of this process.
 
     Returns:
-        The ``LightningCLI`` that ran, or what ``compare`` measured.
+        The ``LightningCLI`` that ran, or what ``compare`` measured or ``search`` found.
 
     Raises:
         ArgumentError: The arguments cannot be understood.
@@ -63,6 +64,10 @@ def main(args: list[str] | None = None) -> Any:
         from salun_lightning.comparison.command import compare_command
 
         return compare_command(words[1:])
+    if words[0] == "search":
+        from salun_lightning.search.command import search_command
+
+        return search_command(words[1:])
     if words[0] in {"configs", "init"}:
         from salun_lightning import configurations
 

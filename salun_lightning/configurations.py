@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -52,6 +53,38 @@ def located(words: Sequence[str], folder: str = "") -> tuple[list[str], list[Pat
         else:
             located.append(word)
     return located, files
+
+
+def beside(files: Sequence[str | os.PathLike[str]], name: str) -> Path | None:
+    """What the last of some configurations that has it holds under a name, in the folder that is called like the configuration.
+
+    Args:
+        files: Configurations, such as a task and a request.
+        name: A name, such as ``tuned/salun``.
+
+    Example:
+        >>> beside([SHIPPED / "digits.yaml", SHIPPED / "digits" / "one_class.yaml"], "original").parent.name
+        'digits'
+    """
+    found = (find(str(_folder(file) / f"{name}.yaml")) for file in reversed(files))
+    return next((path for path in found if path is not None), None)
+
+
+def tuned_folder(file: str | os.PathLike[str]) -> Path:
+    """Where what is found for a configuration is written: beside it if that is yours, else in the working directory.
+
+    There :func:`beside` finds it.
+    """
+    path = Path(file).absolute()
+    own = path.is_relative_to(Path.cwd()) and not path.is_relative_to(sys.prefix) and os.access(path.parent, os.W_OK)
+    folder = path.with_suffix("") if own else _folder(path)
+    return folder / "tuned"
+
+
+def _folder(file: str | os.PathLike[str]) -> Path:
+    """The folder that is called like a configuration, by its name if that ships."""
+    folder = Path(file).with_suffix("")
+    return folder.relative_to(SHIPPED) if folder.is_relative_to(SHIPPED) else folder
 
 
 def shown(path: str | os.PathLike[str]) -> str:

@@ -107,6 +107,7 @@ class UnlearningCLI(LightningCLI):
         finally:
             sys.argv = called  # processes of the ddp strategy are started with it
         options = self.config.get(self.config.get("subcommand"), self.config)
+        options.pop("search", None)  # it is for the command of that name, and no part of what a run saves
         if options.trainer.default_root_dir is None and options.config:  # here, so that it is saved with the rest
             options.trainer.default_root_dir = str(run_folder(options.config))
 

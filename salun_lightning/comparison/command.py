@@ -36,6 +36,7 @@ def compare(
     metrics: list[str] | None = None,
     gap: bool = True,
     threads: int = 1,
+    tuned: bool = False,
 ) -> dict[str, Any]:
     """Run methods x seeds against a paired retrained model, and report.
 
@@ -64,6 +65,8 @@ def compare(
         metrics: The columns of the table, as ``test`` names them; by default UA, RA, TA and MIA.
         gap: Whether the mean absolute difference of these to the reference is a column.
         threads: The number of threads each cell computes with. Tiny networks are fastest with one.
+        tuned: Whether each row also takes what a search has found for its method and task, ``<task>/tuned/<method>``, where
+            that is there. A case whose request has files of its own, such as ``digits/one_class/tuned/salun``, takes those.
 
     Returns:
         What was written to ``results.json``.
@@ -84,7 +87,7 @@ def compare(
     if threads < 1:
         raise ValueError(f"'threads' is {threads}. A cell needs at least one.")
     chosen = {row_called(name, everything) for name in asked}
-    plan = Plan(out, options, arguments or [], row_of(task or []).files)
+    plan = Plan(out, options, arguments or [], row_of(task or []).files, tuned)
     plan.add_first({name: row_of(model) for name, model in (first or {}).items()})
     plan.add(everything, seeds, cases or {})
     plan.reader.save()
@@ -188,6 +191,11 @@ def _versions() -> dict[str, str]:
 
 def compare_command(args: list[str]) -> dict[str, Any]:
     """Parse the options of ``compare`` and run it."""
+    return compare(**parsed_comparison(args))
+
+
+def parsed_comparison(args: list[str]) -> dict[str, Any]:
+    """What the options of ``compare`` on a command line come to: the arguments of :func:`compare`."""
     parser = ArgumentParser(
         prog=f"{program()} compare",
         description="Run methods x seeds against a paired retrained model.",
@@ -202,4 +210,4 @@ def compare_command(args: list[str]) -> dict[str, Any]:
     parsed = parser.parse_args(own)
     options = parser.instantiate_classes(parsed)
     options.pop("config", None)
-    return compare(**{**options.as_dict(), **({"arguments": further} if further else {})})
+    return {**options.as_dict(), **({"arguments": further} if further else {})}

@@ -11,7 +11,7 @@ from typing import Any
 from salun_lightning.cli import program
 from salun_lightning.comparison.rows import ConfigFile, Row, Source, row_of
 from salun_lightning.comparison.settings import SettingsReader
-from salun_lightning.configurations import shown
+from salun_lightning.configurations import beside, shown
 from salun_lightning.files import read_json, tensors_fault
 
 QUIET = ("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.limit_val_batches=0")
@@ -33,6 +33,7 @@ class Cell:
         trained: The cell whose model this one only tests.
         first: The cells that train what every cell may use, such as the classifier that judges images.
         training: Of an original model: digest of its settings without the forget request, which it is trained regardless of.
+        settings: What the arguments come to.
     """
 
     row: str
@@ -45,6 +46,7 @@ class Cell:
     trained: "Cell | None" = None
     first: "tuple[Cell, ...]" = ()
     training: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def needed(self) -> "list[Cell]":
@@ -105,14 +107,19 @@ class Plan:
         options: Options of ``fit`` for every row.
         arguments: Further arguments of ``fit``, for every row and all that is trained first.
         task: The configurations that every row begins with.
+        tuned: Whether a row also takes what a search has found for its method: ``<task>/tuned/<method>`` or, where the request
+            of a case has one of its own, that.
     """
 
     out: Path
     options: dict[str, Any]
     arguments: Sequence[str] = ()
     task: Sequence[ConfigFile] = ()
+    tuned: bool = False
     first: list[Cell] = field(default_factory=list)
     cells: list[Cell] = field(default_factory=list)
+    originals: dict[tuple[int, str], Cell] = field(default_factory=dict)
+    """The cells that train original models, by seed and case."""
 
     def __post_init__(self) -> None:
         self.reader = SettingsReader(self.out)
@@ -141,19 +148,35 @@ class Plan:
             unknown = sorted(row.cases.keys() - set(map(str, cases)))
             if unknown:
                 raise ValueError(f"Row '{name}' has options for the case '{unknown[0]}', which is not among 'cases'.")
-        originals: dict[tuple[int, str], Cell] = {}
         for name in sorted(rows, key=lambda name: name != "original"):
             for seed in seeds:
                 for name_of_case, source in (cases or {"": Row()}).items():
-                    case, own = str(name_of_case), row_of(source)  # YAML reads names of digits as numbers
-                    folder = self.out / slug(name) / "-".join(["seed", str(seed), *([slug(case)] if case else [])])
-                    row = rows[name]
-                    options = {**self.options, **own.options, **row.options, **row.cases.get(case, {})}
-                    whole = Row([*self.task, *own.files, *row.files], options)
-                    self.cells.append(self._cell(name, seed, case, whole, folder, originals))
+                    case = str(name_of_case)  # YAML reads names of digits as numbers
+                    cell = self.cell(name, rows[name], seed, case, source, self.out / slug(name))
+                    self.cells.append(cell)
                     if name == "original":
-                        originals[seed, case] = self.cells[-1].trained or self.cells[-1]
+                        self.originals[seed, case] = cell.trained or cell
         self._check_folders(rows)
+
+    def cell(self, name: str, row: Row, seed: int, case: str, source: Source | dict[str, Any], folder: Path) -> Cell:
+        """One cell of a row, which :meth:`add` plans for each seed and case.
+
+        Args:
+            name: The name of the row.
+            row: The row.
+            seed: The seed.
+            case: The name of the case; empty if there are none.
+            source: What the case consists of.
+            folder: Where the cells of the row lie.
+        """
+        own = row_of(source)
+        files = [*self.task, *own.files, *row.files]
+        if self.tuned:
+            found = [beside([*self.task, *own.files], f"tuned/{Path(file).stem}") for file in row.files]
+            files += [ConfigFile(str(file)) for file in dict.fromkeys(found) if file is not None and str(file) not in files]
+        options = {**self.options, **own.options, **row.options, **row.cases.get(case, {})}
+        place = folder / "-".join(["seed", str(seed), *([slug(case)] if case else [])])
+        return self._cell(name, seed, case, Row(files, options), place, self.originals)
 
     def _check_folders(self, rows: Mapping[str, Row]) -> None:
         seen: set[Path] = set()
@@ -192,7 +215,7 @@ class Plan:
             if original is None:
                 raise ValueError(f"The row '{name}' starts from an original model, but there is no row 'original'.")
             settings[_ORIGINAL] = "<original>"
-        cell = Cell(name, seed, case, folder, (), "", original, trained, tuple(self.first), training)
+        cell = Cell(name, seed, case, folder, (), "", original, trained, tuple(self.first), training, settings)
         arguments = [_with_models(word, {cell.row: str(cell.checkpoint) for cell in self.first}) for word in words]
         arguments += ["--trainer.default_root_dir", str(folder)]
         arguments += ["--model.original", str(original.checkpoint)] if original is not None else []

@@ -69,8 +69,8 @@ def row_of(source: Source | dict[str, Any]) -> Row:
     return source if isinstance(source, Row) else Row(source)
 
 
-def row_called(name: str, rows: Mapping[str, Row]) -> str:
-    """The row of that name, in whatever case its letters are.
+def row_called(name: str, rows: Mapping[str, Any], what: str = "row") -> str:
+    """The row of that name, in whatever case its letters are; or the case.
 
     Raises:
         ValueError: There is none.
@@ -78,7 +78,7 @@ def row_called(name: str, rows: Mapping[str, Row]) -> str:
     for known in rows:
         if known.lower() == name.lower():
             return known
-    raise ValueError(f"There is no row '{name}'. The rows are: {', '.join(rows)}.")
+    raise ValueError(f"There is no {what} '{name}'. The {what}s are: {', '.join(rows)}.")
 
 
 def all_rows(

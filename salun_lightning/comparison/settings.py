@@ -119,6 +119,7 @@ def _parsed(arguments: Sequence[str]) -> tuple[Settings, list[str]]:
     except Exception as error:  # whatever a class that is named raises
         raise ValueError(f"The arguments of 'fit' are not accepted: {sentence(error, ['fit', *arguments])}") from error
     files = {str(path.absolute) for path in parsed.pop("config") or []}
+    parsed.pop("search", None)  # where good values are looked for does not change what a run comes to
     settings: Settings = {}
     for name, leaf in _leaves(parsed):
         if name.endswith("__path__"):
