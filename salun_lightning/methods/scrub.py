@@ -5,16 +5,13 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, cast
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.nn import functional
-from torch.optim import Optimizer
 from typing_extensions import override
 
 from salun_lightning.data import Order, Samples
 from salun_lightning.methods.answers import divergence
 from salun_lightning.methods.base import Kind, Method
-from salun_lightning.weights import local_of, weights_of
 
 if TYPE_CHECKING:
     from salun_lightning.modules.base import UnlearningModule
@@ -61,21 +58,16 @@ class SCRUB(Method):
         self.alpha = alpha
         self.temperature = temperature
         self.ascent_epochs = ascent_epochs
-        self._passed_over = False
 
     @override
-    def loss(self, module: "UnlearningModule", batch: Mapping[str, Samples]) -> Tensor:
+    def loss(self, module: "UnlearningModule", batch: Mapping[str, Samples]) -> Tensor | None:
         losses = []
         if "forget" in batch and module.current_epoch < self.ascent_epochs:
             losses.append(-self._divergence(module, batch["forget"])[0])
         if "retain" in batch:
             apart, logits = self._divergence(module, batch["retain"])
             losses.append(self.gamma * functional.cross_entropy(logits, batch["retain"].targets) + self.alpha * apart)
-        self._passed_over = not losses
-        if losses:
-            return torch.stack(losses).sum()
-        # several processes cannot return None, and each weight must get a gradient, which is thrown away below
-        return 0 * torch.stack([local_of(weight).sum() for weight in weights_of(module).values()]).sum()
+        return torch.stack(losses).sum() if losses else None
 
     def _divergence(self, module: "UnlearningModule", samples: Samples) -> tuple[Tensor, Tensor]:
         """The mean divergence from the original model, and the logits."""
@@ -83,8 +75,3 @@ class SCRUB(Method):
         logits = model.logits(samples.inputs)
         apart = divergence(logits, model.logits(samples.inputs, original=True), self.temperature)
         return self.temperature**2 * apart.mean(), logits
-
-    @override
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        if self._passed_over:
-            optimizer.zero_grad()  # without a gradient, momentum and weight decay move nothing either

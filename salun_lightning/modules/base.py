@@ -24,7 +24,7 @@ from salun_lightning.modules.record import KEY, arguments_from, check_resumed, r
 from salun_lightning.modules.trouble import EpochLoss, batch_norm_explained
 from salun_lightning.networks.frozen import Frozen
 from salun_lightning.networks.loading import load_weights, read_checkpoint
-from salun_lightning.weights import train_only
+from salun_lightning.weights import local_of, train_only, weights_of
 
 SETS = ("forget", "retain", "val", "test", "test_forget")
 
@@ -183,6 +183,7 @@ class UnlearningModule(LightningModule, ABC):
     @override
     def on_fit_start(self) -> None:
         self._epoch_loss = EpochLoss()
+        self._steps = False
         self.check_network()
 
     @override
@@ -207,14 +208,21 @@ class UnlearningModule(LightningModule, ABC):
         seed_all(epoch_seed(run_seed(), self.current_epoch, self.global_rank))
 
     @override
-    def training_step(self, batch: Mapping[str, Samples]) -> Tensor | None:
+    def training_step(self, batch: Mapping[str, Samples]) -> Tensor:
         sizes = {name: len(part.targets) for name, part in batch.items()}
         with batch_norm_explained(sizes):
             loss = self.method.loss(self, batch)
-        if loss is None:
-            return None
+        if loss is None:  # several processes must not return None, and each weight needs a gradient
+            return 0 * torch.stack([local_of(weight).sum() for weight in weights_of(self).values()]).sum()
+        self._steps = True
         self._epoch_loss.add(loss, sum(sizes.values()))
         return loss
+
+    @override
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if not self._steps:  # all batches of this step were passed over; without a gradient, momentum moves nothing either
+            optimizer.zero_grad()
+        self._steps = False
 
     @override
     def on_train_epoch_end(self) -> None:
