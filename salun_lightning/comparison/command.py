@@ -30,6 +30,7 @@ def compare(
     reference: str = "Retrain",
     noise_floor: bool | int = 0,
     only: str | list[str] | None = None,
+    only_cases: str | list[str] | None = None,
     arguments: list[str] | None = None,
     cases: dict[str, ConfigFile | list[ConfigFile] | Row | dict[str, Any]] | None = None,
     first: dict[str, Source] | None = None,
@@ -80,18 +81,20 @@ def compare(
     seeds, options = _listed(seeds), options or {}
     everything, reference, floor = all_rows(rows, reference, int(noise_floor), options)
     asked = list(everything) if only is None else _listed(only)
+    asked_cases = [*(cases or {"": Row()})] if only_cases is None else _listed(only_cases)
     metrics = list(METRICS) if metrics is None else metrics
-    for name, values in {"seeds": seeds, "only": asked, "metrics": metrics}.items():
+    for name, values in {"seeds": seeds, "only": asked, "only_cases": asked_cases, "metrics": metrics}.items():
         if not values or len(set(values)) < len(values):
             raise ValueError(f"'{name}' is {values}. Name at least one, and each only once.")
     if threads < 1:
         raise ValueError(f"'threads' is {threads}. A cell needs at least one.")
     chosen = {row_called(name, everything) for name in asked}
+    chosen_cases = {row_called(str(name), {str(case): None for case in cases or {"": None}}, "case") for name in asked_cases}
     plan = Plan(out, options, arguments or [], row_of(task or []).files, tuned)
     plan.add_first({name: row_of(model) for name, model in (first or {}).items()})
     plan.add(everything, seeds, cases or {})
     plan.reader.save()
-    wanted = {cell for cell in plan.cells if cell.row in chosen}
+    wanted = {cell for cell in plan.cells if cell.row in chosen and cell.case in chosen_cases}
     wanted |= {needed for cell in wanted for needed in cell.needed}
     table = Table(reference, floor, metrics, gap)
     started = time.perf_counter()

@@ -145,13 +145,15 @@ class Plan:
                 called ``original``; a row has options for a case that is not there; or two cells would share a folder.
         """
         for name, row in rows.items():
-            unknown = sorted(row.cases.keys() - set(map(str, cases)))
+            unknown = sorted({*row.cases, *row.only} - set(map(str, cases)))
             if unknown:
-                raise ValueError(f"Row '{name}' has options for the case '{unknown[0]}', which is not among 'cases'.")
+                raise ValueError(f"Row '{name}' names the case '{unknown[0]}', which is not among 'cases'.")
         for name in sorted(rows, key=lambda name: name != "original"):
             for seed in seeds:
                 for name_of_case, source in (cases or {"": Row()}).items():
                     case = str(name_of_case)  # YAML reads names of digits as numbers
+                    if rows[name].only and case not in rows[name].only:
+                        continue
                     cell = self.cell(name, rows[name], seed, case, source, self.out / slug(name))
                     self.cells.append(cell)
                     if name == "original":

@@ -45,12 +45,14 @@ class Row:
             ``{seed+1000}``, and the checkpoint of each model that is trained first, as ``{name}``.
         grid: Lists of values of options: each combination makes a row of its own, which is named by its values.
         cases: Options on top of these in single cases, by the name of the case.
+        only: The cases that it is for, if it is not for all.
     """
 
     config: ConfigFile | list[ConfigFile] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)
     grid: dict[str, list[Any]] = field(default_factory=dict)
     cases: dict[str, dict[str, Any]] = field(default_factory=dict)
+    only: list[str] = field(default_factory=list)
 
     @property
     def files(self) -> list[ConfigFile]:

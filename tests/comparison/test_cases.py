@@ -150,7 +150,17 @@ def test_a_row_may_have_options_for_single_cases() -> None:
     plan.add(rows, [1], CASES)
     steps = {(cell.row, cell.case): cell.arguments[cell.arguments.index("--trainer.max_steps") + 1] for cell in plan.cells}
     assert steps == {(name, case): "7" if case == "a 5" else "5" for name in ("Retrain", "Retrain again") for case in CASES}
-    with pytest.raises(ValueError, match=r"^Row 'Retrain' has options for the case 'a 5', which is not among 'cases'\.$"):
+    with pytest.raises(ValueError, match=r"^Row 'Retrain' names the case 'a 5', which is not among 'cases'\.$"):
+        plan.add(rows, [1], {"three": CASES["three"]})
+
+
+def test_a_row_may_be_for_some_cases_alone() -> None:
+    plan = Plan(Path("out"), OPTIONS, [], files("digits_diffusion"))
+    plan.add_first({"judge": judging()})
+    rows = {"Retrain": row("digits_diffusion/retrain"), "SalUn": Row(files("digits_diffusion/retrain"), only=["a 5"])}
+    plan.add(rows, [1], CASES)
+    assert [(cell.row, cell.case) for cell in plan.cells] == [("Retrain", "three"), ("Retrain", "a 5"), ("SalUn", "a 5")]
+    with pytest.raises(ValueError, match=r"^Row 'SalUn' names the case 'a 5', which is not among 'cases'\.$"):
         plan.add(rows, [1], {"three": CASES["three"]})
 
 
@@ -442,3 +452,11 @@ def test_a_column_that_no_run_measures_is_told(config: Path, ran: list[Cell], ga
         compare(config, "--metrics=[UA, FDI]", f"--gap={gap}", "--only=Retrain", "--seeds=1")
     assert table.read_text() == "the table of before"
     assert len(ran) == 2  # the judge, and the first row: from that on it is known
+
+
+def test_only_some_cases_are_run(config: Path, ran: list[Cell]) -> None:
+    compare(config, "--only_cases=A 5", "--only=SalUn", "--seeds=1")
+    assert {cell.case for cell in ran if cell.row == "SalUn"} == {"a 5"}
+    assert [cell.row for cell in ran] == ["judge", "original", "SalUn"]
+    with pytest.raises(ValueError, match=r"There is no case 'four'. The cases are: three, a 5\."):
+        compare(config, "--only_cases=four")
