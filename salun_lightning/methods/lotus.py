@@ -34,8 +34,9 @@ class LoTUS(Method):
     :math:`z` are the logits of the original model and :math:`g` is Gumbel noise, so what is learned of a retained sample is a
     class that is drawn by its probabilities. :math:`a_f` is the accuracy on the forget set, measured before each epoch, and
     :math:`a_u` that of the original model on the validation set, or 0 where whole classes are forgotten. The run ends after an
-    epoch that brings :math:`a_f - a_u` to -0.01 or less, as in the released code. (That takes a random 30 % of the retain set;
-    here it is all of it.) Both sets are one shuffled stream. The noise of a sample depends on the seed and the epoch alone.
+    epoch that brings :math:`a_f - a_u` to -0.01 or less, as in the released code, which for whole classes is never. (That code
+    takes a random 30 % of the retain set; here it is all of it.) Both sets are one shuffled stream. The noise of a sample
+    depends on the seed and the epoch alone.
 
     Args:
         alpha: :math:`\alpha`, how strongly the temperature goes by the accuracies. The authors' script takes 2 for most data

@@ -29,7 +29,7 @@ class SCRUB(Method):
     :math:`KL_T` is that of probabilities at temperature :math:`T`, times :math:`T^2`. It is smallest where both agree, so a
     network without BatchNorm or dropout leaves the original model only with the steps on the retain set. Both sets come in
     batches of one size here, in the released code those of the forget set are smaller: the fewer samples a batch has, the more
-    steps there are.
+    steps there are. The defaults are those of the released notebook for large networks.
 
     Args:
         gamma: :math:`\gamma`, weight of the loss on the retain set.
