@@ -34,7 +34,7 @@ class FisherForgetting(OneShot):
     retained sample as there are classes.
 
     Args:
-        alpha: :math:`\alpha`, the strength of the noise. Not tuned.
+        alpha: :math:`\alpha`, the strength of the noise. The default is for the digits.
         power: The power of :math:`F`, without its sign.
         floor: :math:`\varepsilon`, which keeps the noise on weights finite that the retain set does not use at all.
         samples: How many retained samples :math:`F` is made of, spread evenly over the set; None for all of them.

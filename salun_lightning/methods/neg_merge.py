@@ -32,7 +32,7 @@ class NegMerge(OneShot):
     trained in eval mode and without augmentation, because the edited network keeps the statistics of BatchNorm, too.
 
     Args:
-        strength: :math:`\lambda`. The fewer steps the candidates take, the more is needed.
+        strength: :math:`\lambda`; the shorter the candidates are trained, the more it takes. The default is for the digits.
         lrs: Learning rates of the candidates.
         epochs: After how many epochs each is taken.
 
@@ -42,10 +42,10 @@ class NegMerge(OneShot):
     """
 
     def __init__(
-        self, strength: float = 4.0, lrs: Sequence[float] = (0.001, 0.003, 0.01), epochs: Sequence[int] = (5, 10)
+        self, strength: float = 5.0, lrs: Sequence[float] = (0.001, 0.003, 0.01), epochs: Sequence[int] = (5, 10)
     ) -> None:
         if not 0 <= strength < math.inf:
-            raise ValueError(f"strength must be a finite number that is not negative, got {strength}. Give one such as 4.")
+            raise ValueError(f"strength must be a finite number that is not negative, got {strength}. Give one such as 5.")
         if not lrs or not all(0 < lr < math.inf for lr in lrs):
             raise ValueError(f"lrs must be finite numbers above 0, got {[*lrs]}. Give some such as [0.001, 0.01].")
         if not epochs or not all(epoch >= 1 for epoch in epochs):

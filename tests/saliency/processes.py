@@ -20,12 +20,16 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler
 
 from salun_lightning.data import DigitsDataModule, ForgetRandom
+from salun_lightning.methods import SSD, OneShot
+from salun_lightning.methods.fisher_forgetting import FisherForgetting
+from salun_lightning.methods.influence_unlearning import InfluenceUnlearning
+from salun_lightning.methods.neg_merge import NegMerge
 from salun_lightning.modules import ImageClassifier
 from salun_lightning.networks import SmallResNet
 from salun_lightning.saliency import SaliencyMasking, Score
 from salun_lightning.saliency.selection import top_k_masks
 from salun_lightning.weights import weights_of
-from tests.methods.test_one_shot import Kept, network, plain_step
+from tests.methods.test_one_shot import network, plain_step
 from tests.saliency.helpers import Plain, PlainManual, fit, half_mask, images_and_targets, loader, quiet_trainer, sgd
 from tests.small import free_port, small_datamodule
 
@@ -155,12 +159,32 @@ class ShardedClassifier(ImageClassifier):
         fully_shard(self.network, mesh=mesh)
 
 
-def one_shot(kind: type[ImageClassifier], **settings: Any) -> dict[str, Any]:
+def one_shots() -> dict[str, OneShot]:
+    """Methods that edit the weights once."""
+    return {
+        "SSD": SSD(alpha=0.9, dampening=0.5),
+        "LFSSD": SSD(alpha=1.0, dampening=0.5, importance="output"),
+        "IU": InfluenceUnlearning(samples=7),
+        "FF": FisherForgetting(alpha=0.1, floor=1e-3),
+        "NegMerge": NegMerge(lrs=[0.01, 0.1], epochs=[2, 3]),
+    }
+
+
+def one_shot(kind: type[ImageClassifier], name: str, **settings: Any) -> dict[str, Any]:
     """An edit that is computed and added, with what it should be."""
-    module = kind(network(), method=Kept(alpha=0.9, dampening=0.5), optimizer=plain_step)
+    method, added = one_shots()[name], {}
+    compute = method.edit
+
+    def edit(module: Any) -> dict[str, Tensor]:
+        edit = compute(module)
+        added.update(whole(edit))
+        return edit
+
+    method.edit = edit
+    module = kind(network(), method=method, optimizer=plain_step)
     callback, original = SaliencyMasking(0.5), whole(weights_of(module))
     quiet_trainer(callback, max_steps=1, limit_val_batches=0, **settings).fit(module, small_datamodule())
-    return {**outcome(module, callback, original), "added": whole(module.method.added)}
+    return {**outcome(module, callback, original), "added": added}
 
 
 def stream() -> dict[str, Any]:
@@ -234,7 +258,7 @@ def scenarios(folder: Path) -> dict[str, Callable[[], dict[str, Any]]]:
         "ddp subset": lambda: ddp(data=subset()),
         "ddp channels last": channels_last,
         "ddp digits": digits,
-        "ddp SSD": partial(one_shot, ImageClassifier, devices=2, strategy="ddp"),
+        **{f"ddp {n}": partial(one_shot, ImageClassifier, n, devices=2, strategy="ddp") for n in one_shots()},
         "ddp stream": stream,
         "ddp resumed": lambda: resumed(Doubled(), Doubled(), folder, strategy="ddp"),
         "fsdp": fsdp,
@@ -245,7 +269,7 @@ def scenarios(folder: Path) -> dict[str, Callable[[], dict[str, Any]]]:
         "fsdp AdamW clipped": partial(fsdp, adamw, gradient_clip_val=0.1),
         "fsdp AdamW fused": partial(fsdp, partial(adamw, fused=True)),
         "fsdp after validation": lambda: fsdp(val=loader()),
-        "fsdp SSD": lambda: one_shot(ShardedClassifier, devices=2, strategy=sharding()),
+        **{f"fsdp {n}": partial(one_shot, ShardedClassifier, n, devices=2, strategy=sharding()) for n in one_shots()},
         "fsdp resumed": partial(fsdp_resumed, folder, distributed=False),
         "fsdp resumed from shards": partial(fsdp_resumed, folder, distributed=True),
         "tensor parallel": lambda: trained(TensorParallel(), SaliencyMasking(0.5), strategy=sharding(tensor_parallel=True)),

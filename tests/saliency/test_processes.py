@@ -118,15 +118,18 @@ def test_the_mask_of_our_module_and_datamodule_is_that_of_one_process(results):
     assert mask_of(results[0]) == callback.mask
 
 
-@pytest.mark.parametrize("results", ["ddp SSD", "fsdp SSD"], indirect=True)
-def test_the_edit_of_two_processes_is_that_of_one_and_is_added_exactly(results):
-    one = processes.one_shot(ImageClassifier)
+@pytest.mark.parametrize(
+    "results", [name for name in DDP + SHARDED if name.split()[-1] in processes.one_shots()], indirect=True
+)
+def test_the_edit_of_two_processes_is_that_of_one_and_is_added_exactly(results, request):
+    one = processes.one_shot(ImageClassifier, request.node.callspec.params["results"].split()[1])
     for found in (*results, one):
         mask = mask_of(found)
         for name, before in found["original"].items():
             assert torch.equal(found["final"][name], torch.where(mask[name], before + found["added"][name], before)), name
     assert mask_of(results[0]) == mask_of(one)
     torch.testing.assert_close(results[0]["added"], one["added"], rtol=1e-4, atol=1e-6)
+    assert any(added.any() for added in one["added"].values())
     assert same_weights(results[0]["added"], results[1]["added"])
 
 
