@@ -64,7 +64,7 @@ class BadTeacher(Method):
         assert self._incompetent is not None
         teachers = {"forget": self._incompetent, "retain": model.reference}
         with torch.no_grad():
-            taught = torch.cat([model._logits(teachers[name], samples.inputs) for name, samples in batch.items()])
+            taught = torch.cat([model.logits_by(teachers[name], samples.inputs) for name, samples in batch.items()])
         return divergence(model.logits(joined(list(batch.values())).inputs), taught, self.temperature).mean()
 
     @override

@@ -15,7 +15,7 @@ from typing_extensions import override
 from salun_lightning.data import Order, Samples, joined, run_seed
 from salun_lightning.methods.answers import rightness
 from salun_lightning.methods.base import Kind, Method
-from salun_lightning.methods.random_label import _mixed
+from salun_lightning.methods.random_label import hashed
 
 if TYPE_CHECKING:
     from salun_lightning.modules.base import UnlearningModule
@@ -120,6 +120,6 @@ class LoTUS(Method):
         """
         seed = run_seed() if self.seed is None else self.seed
         numbers = indices[:, None] * num_classes + torch.arange(num_classes, device=indices.device)
-        drawn = _mixed(numbers + _mixed(seed * 1_000_003 + epoch)) >> 9  # the 23 bits with which no sum below rounds to 1
+        drawn = hashed(numbers + hashed(seed * 1_000_003 + epoch)) >> 9  # the 23 bits with which no sum below rounds to 1
         uniform = (drawn.float() + 0.5) / 2**23
         return -(-uniform.log()).log()

@@ -59,12 +59,15 @@ class RandomLabel(Method):
         if num_classes < 2:
             raise ValueError("Random labels need at least two classes.")
         seed = run_seed() if self.seed is None else self.seed
-        draws = _mixed(samples.indices + _mixed(seed * 1_000_003 + epoch))
+        draws = hashed(samples.indices + hashed(seed * 1_000_003 + epoch))
         return samples._replace(targets=(samples.targets + 1 + draws % (num_classes - 1)) % num_classes)
 
 
-def _mixed(numbers: _Numbers) -> _Numbers:
-    """Scramble integers to 32 bits: two rounds of multiply and xor-shift with odd constants."""
+def hashed(numbers: _Numbers) -> _Numbers:
+    """Integers that look drawn at random, of 32 bits, from others: the random numbers that belong to a sample.
+
+    Two rounds of multiply and xor-shift with odd constants.
+    """
     numbers = numbers & _MASK_32
     for multiplier in (0x45D9F3B, 0x119DE1F3):
         numbers = ((numbers ^ (numbers >> 16)) * multiplier) & _MASK_32

@@ -61,11 +61,12 @@ class ImageClassifier(UnlearningModule):
             original: By the original network, see ``reference``, and without gradients.
         """
         if not original:
-            return self._logits(self.network, images)
+            return self.logits_by(self.network, images)
         with torch.no_grad():
-            return self._logits(self.reference, images)
+            return self.logits_by(self.reference, images)
 
-    def _logits(self, network: nn.Module, images: Tensor) -> Tensor:
+    def logits_by(self, network: nn.Module, images: Tensor) -> Tensor:
+        """Logits (B, classes) of images (B, C, H, W) in [0, 1] by another network of this kind, such as a teacher."""
         return logits_of(network(images.contiguous(memory_format=self.memory_format)))
 
     @override
@@ -83,7 +84,7 @@ class ImageClassifier(UnlearningModule):
         with isolate_rng(), torch.no_grad(), strategy.precision_plugin.forward_context():
             samples = strategy.batch_to_device(strategy.precision_plugin.convert_input(self.datamodule.probe()))
             try:
-                logits = self._logits(network.eval(), samples.inputs)
+                logits = self.logits_by(network.eval(), samples.inputs)
             except torch.OutOfMemoryError:
                 raise
             except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
