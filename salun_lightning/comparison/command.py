@@ -58,6 +58,7 @@ def compare(
         noise_floor: How many more models are retrained, with seeds of their own. They become one row of the table: how far
             retrained models are from each other.
         only: Run only these rows (and the original models they start from); the table shows all that is there.
+        only_cases: Likewise, only these cases.
         arguments: Further arguments of ``fit`` for every row; on the command line, all that follows ``--``.
         cases: What each seed is repeated for, such as the class to forget: configurations or options of ``fit`` by name. The
             original model of a seed is trained once, and tested in each case.
@@ -89,7 +90,8 @@ def compare(
     if threads < 1:
         raise ValueError(f"'threads' is {threads}. A cell needs at least one.")
     chosen = {row_called(name, everything) for name in asked}
-    chosen_cases = {row_called(str(name), {str(case): None for case in cases or {"": None}}, "case") for name in asked_cases}
+    by_name = {str(case): None for case in cases or [""]}
+    chosen_cases = {row_called(str(name), by_name, "case") for name in asked_cases}
     plan = Plan(out, options, arguments or [], row_of(task or []).files, tuned)
     plan.add_first({name: row_of(model) for name, model in (first or {}).items()})
     plan.add(everything, seeds, cases or {})
