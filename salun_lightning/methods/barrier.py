@@ -21,6 +21,8 @@ from salun_lightning.weights import weights_of
 if TYPE_CHECKING:
     from salun_lightning.modules.base import UnlearningModule
 
+_TAIL = 0.05  # the fraction of the forget set on each side that may lie where the answers are held
+
 
 class Barrier(Method):
     r"""BARRIER adds to the loss of a base method a barrier in each layer, :math:`\lambda` times their mean (arXiv 2605.15737).
@@ -32,7 +34,8 @@ class Barrier(Method):
     :math:`\mu`, :math:`U`, :math:`S` are the mean, the right singular vectors and the singular values of the layer's centred
     inputs on the forget set, in the original network in eval mode. :math:`U_f` are the first directions, :math:`U_r` the rest;
     :math:`P` and :math:`N` are the positive and the negative part of :math:`\Delta W U_f`. The last four terms bound the change
-    of the answers on both sides of the forget set, between :math:`l` and :math:`z_-` and between :math:`z_+` and :math:`h`.
+    of the answers on both sides of the forget set, from :math:`l` to :math:`z_-`, its 5 % quantile along :math:`U_f`, and from
+    the 95 % quantile :math:`z_+` to :math:`h`.
     The layers are those that are trained, and nothing else may be: ``model.trainable`` says which. As released, a convolution
     is held as if each of its pixels were an image, so of a kernel of 3 x 3 with padding 1 only the centre. (The released runs
     have no retain loss; that of the base method stays here.)
@@ -41,7 +44,6 @@ class Barrier(Method):
         base: The method that forgets, by default random labels.
         weight: :math:`\lambda`.
         directions: How many directions :math:`U_f` has.
-        tail: The fraction of the forget set's projections below :math:`z_-`, and above :math:`z_+`.
         margin: How far :math:`l` and :math:`h` lie beyond :math:`z_\pm`. By default, as in the released configurations, they
             are the smallest and the largest projection of the whole training set, which takes a pass over it.
 
@@ -53,21 +55,16 @@ class Barrier(Method):
     needs_original = True
 
     def __init__(
-        self,
-        base: Method | None = None,
-        weight: float = 1.0,
-        directions: int = 32,
-        tail: float = 0.05,
-        margin: float | None = None,
+        self, base: Method | None = None, weight: float = 1.0, directions: int = 32, margin: float | None = None
     ) -> None:
-        if not (0 <= weight < math.inf and directions >= 1 and 0 <= tail <= 0.5 and (margin is None or margin >= 0)):
+        if not (0 <= weight < math.inf and directions >= 1 and (margin is None or margin >= 0)):
             raise ValueError(
-                f"weight {weight}, directions {directions}, tail {tail}, margin {margin} make no barrier. Give a weight and a"
-                " margin that are not negative, at least one direction, and a tail of at most 0.5."
+                f"weight {weight}, directions {directions}, margin {margin} make no barrier. Give a weight and a margin that"
+                " are not negative, and at least one direction."
             )
         self.base = RandomLabel() if base is None else base
         self.inner, self.order, self.kind = (self.base,), self.base.order, self.base.kind
-        self.weight, self.directions, self.tail, self.margin = weight, directions, tail, margin
+        self.weight, self.directions, self.margin = weight, directions, margin
         self._guards: list[Guard] = []
 
     @override
@@ -83,7 +80,7 @@ class Barrier(Method):
             guard.fix(self.directions)
         _look(module, "forget", {guard.original: guard.project for guard in guards.values()})
         for guard in guards.values():
-            guard.bound(self.tail, self.margin)
+            guard.bound(_TAIL, self.margin)
         if self.margin is None:
             _look(module, "retain", {guard.original: guard.widen for guard in guards.values()})
         self._guards = list(guards.values())
