@@ -32,7 +32,7 @@ from salun_lightning.run_folder import (
     check_checkpoint_path,
     set_other_run_aside,
 )
-from salun_lightning.saliency import SaliencyMasking
+from salun_lightning.saliency import SaliencyMasking, SoftMasking
 
 
 class RefuseAccidents(Callback):
@@ -150,9 +150,9 @@ class UnlearningCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
             "--saliency",
-            type=SaliencyMasking | None,
+            type=SaliencyMasking | SoftMasking | None,  # the first one is what 'saliency.ratio' alone means
             default=None,
-            help="Which weights may move: ratio or mask, score, freeze_buffers. Without it, all may.",
+            help="Which weights may move: ratio or mask, score, freeze_buffers; or SoftMasking. Without it, all may.",
         )
         parser.add_argument(
             "--search",

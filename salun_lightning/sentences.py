@@ -97,6 +97,7 @@ def sentence(error: BaseException, words: Sequence[str]) -> str:
 
 def _unframed(text: str, command: str) -> str:
     """The sentence in the midst of the parser's report, with the option it is about."""
+    text = _of_one_class(text)
     lines = [line.strip().removeprefix("- ") for line in text.splitlines()]
     option = ".".join(re.findall(r'Parser key "(.*?)"', text))
     values = re.findall(r"(?:Given value:|Got value:) (.*)", text)
@@ -107,6 +108,7 @@ def _unframed(text: str, command: str) -> str:
     ]
     reasons = [line for line in lines if line and not line.startswith(_FRAME)]
     others = [line for line in reasons if not line.startswith("Expected a ")]
+    others.sort(key=lambda line: line.startswith("Import path"))  # last: the option may take several classes
     classes = re.findall(r"Problem with given class_path '(.*?)'", text)
     if others:
         return _reason(others[0], option, value, classes, command)
@@ -117,6 +119,16 @@ def _unframed(text: str, command: str) -> str:
         form = f"'{{class_path: ..., init_args: {{{name}: null, ...}}}}'"
         return f"--{option} cannot be null by itself. Give all of it: --{whole} {form}."
     return f"--{option} takes {_expected(text)}, not '{value}'."
+
+
+def _of_one_class(text: str) -> str:
+    """The parser's report where an option may be of several classes, without what it says of those that are not meant."""
+    tried = re.search(r"^( *)- Problem with given class_path '.*?':\n(?:\1 +.*\n)*", text, re.MULTILINE)
+    if tried is None:
+        return text
+    others = rf"^{tried[1]}- (Import path .* does not correspond to|Problem with given class_path) .*\n(?:{tried[1]} +.*\n)*"
+    before, behind = (re.sub(others, "", part, flags=re.MULTILINE) for part in (text[: tried.start()], text[tried.end() :]))
+    return before + tried[0] + behind
 
 
 def _bare(value: str) -> str:

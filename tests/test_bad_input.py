@@ -40,6 +40,13 @@ CASES = [
     ("ratio", ["fit", SALUN, "--saliency.ratio=1.2"], "ratio must lie between 0 (nothing may move) and 1"),
     ("ratio type", ["fit", SALUN, "--saliency.ratio=half"], "--saliency.ratio takes a number, not 'half'"),
     ("ratio and mask", ["fit", SALUN, "--saliency.mask=m.safetensors"], "takes either ratio"),
+    ("soft ratio", ["fit", SALUN, "--saliency=SoftMasking", "--saliency.ratio=1.2"], "ratio of SoftMasking must lie between 0"),
+    (
+        "soft ratio type",
+        ["fit", SALUN, "--saliency=SoftMasking", "--saliency.ratio=half"],
+        "--saliency.ratio takes a number, not 'half'",
+    ),
+    ("soft option", ["fit", SALUN, "--saliency=SoftMasking", "--saliency.score=snip"], "SoftMasking has no option 'score'"),
     ("score", ["fit", SALUN, "--saliency.score=foo"], "--saliency.score takes one of 'gradient'"),
     ("model class", ["fit", SALUN, "--model=Nowhere"], "--model: there is neither a class nor a file called 'Nowhere'"),
     ("method module", ["fit", SALUN, "--model.method=mine.Own"], "there is no module 'mine' for 'mine.Own'"),

@@ -44,8 +44,7 @@ def check_resumed(record: Mapping[str, Any], method: Method) -> None:
             f" run. Give seed_everything {record['seed']}, or start a new run."
         )
     before, now = record.get("method", {}), _described(method)
-    both = before.keys() & now.keys()  # another version of a method may know further arguments
-    if any(before[name] != now[name] for name in both):
+    if not _fit(before, now):
         raise MisconfigurationException(
             f"The checkpoint is of a run with the method {_shown(before)}, but this one has {_shown(now)}: they cannot be one"
             " run. Give the same method, or start a new run with the checkpoint as original."
@@ -55,12 +54,25 @@ def check_resumed(record: Mapping[str, Any], method: Method) -> None:
 def _described(method: Method) -> dict[str, Any]:
     plain = (bool, int, float, str, type(None))
     arguments = {name: value for name, value in vars(method).items() if not name.startswith("_") and isinstance(value, plain)}
-    return {"class": type(method).__name__, **arguments}
+    described = {"class": type(method).__name__, **arguments}
+    return {**described, "inner": [_described(inner) for inner in method.inner]} if method.inner else described
+
+
+def _fit(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether two descriptions can be of one method: another version of it may know further arguments."""
+    inner, others = before.get("inner", []), now.get("inner", [])
+    both = (before.keys() & now.keys()) - {"inner"}
+    return (
+        all(before[name] == now[name] for name in both)
+        and len(inner) == len(others)
+        and all(_fit(one, other) for one, other in zip(inner, others, strict=True))
+    )
 
 
 def _shown(described: Mapping[str, Any]) -> str:
-    arguments = ", ".join(f"{name}={value}" for name, value in described.items() if name != "class")
-    return f"{described.get('class')}({arguments})"
+    arguments = [f"{name}={value}" for name, value in described.items() if name not in ("class", "inner")]
+    inner = [_shown(one) for one in described.get("inner", [])]
+    return f"{described.get('class')}({', '.join(inner + arguments)})"
 
 
 def _configuration(trainer: Trainer) -> dict[str, Any] | None:

@@ -44,7 +44,7 @@ def top_k_masks(scores: Mapping[str, Tensor], k: int) -> Iterator[tuple[str, Ten
     Raises:
         ValueError: A score is negative, NaN or infinite, or there are fewer than ``k`` scores.
     """
-    width = 63 if any(score.dtype == torch.float64 for score in scores.values()) else 31
+    width = _width(scores)
     total = sum(score.numel() for score in scores.values())
     if not 0 <= k <= total:
         raise ValueError(f"{k} of {total} scores cannot be selected.")
@@ -61,6 +61,28 @@ def top_k_masks(scores: Mapping[str, Tensor], k: int) -> Iterator[tuple[str, Ten
                 ties -= len(equal)
         for (name, score), part in zip(group.items(), mask.split(sizes), strict=True):
             yield name, part.view(score.shape)
+
+
+def kth_smallest(scores: Mapping[str, Tensor], k: int) -> float:
+    """The ``k``-th smallest score of all tensors together.
+
+    Args:
+        scores: Floating-point tensors without a sign bit, such as magnitudes. NaN counts as greater than all numbers.
+        k: From 1 to the number of scores.
+
+    Example:
+        >>> kth_smallest({"a": torch.tensor([3.0, 1.0]), "b": torch.tensor([[2.0]])}, 2)
+        2.0
+    """
+    width = _width(scores)
+    bound, ties = _kth_largest(scores, sum(score.numel() for score in scores.values()) + 1 - k, width, signed=False)
+    bits = torch.tensor(bound if ties else bound + 1, dtype=torch.int64 if width == 63 else torch.int32)
+    return bits.view(_floats(width)).item()
+
+
+def _width(scores: Mapping[str, Tensor]) -> int:
+    """The number of bits without the sign."""
+    return 63 if any(score.dtype == torch.float64 for score in scores.values()) else 31
 
 
 def _kth_largest(scores: Mapping[str, Tensor], k: int, width: int, signed: bool) -> tuple[int, int]:

@@ -10,9 +10,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 
 from salun_lightning.cli import main
-from salun_lightning.methods import FineTune, Method, NegGradPlus, RandomLabel
+from salun_lightning.methods import FineTune, Method, MUNBa, NegGradPlus, RandomLabel
 from salun_lightning.modules import ImageClassifier
-from salun_lightning.modules.record import KEY
+from salun_lightning.modules.record import KEY, check_resumed
 from salun_lightning.networks import SmallResNet
 from tests.modules.small_runs import classifier, digits, same, trainer, weights
 
@@ -57,6 +57,22 @@ def test_another_run_does_not_go_on(
     monkeypatch.setenv("PL_GLOBAL_SEED", other.pop("seed", "0"))
     with pytest.raises(MisconfigurationException, match=message):
         resume(tmp_path, checkpoint=checkpoint, **other)
+
+
+def test_a_run_of_other_inner_methods_does_not_go_on() -> None:
+    module = classifier(method=MUNBa(NegGradPlus(alpha=0.5)))
+    content: dict[str, Any] = {}
+    module.on_save_checkpoint(content)
+    inner = [{"class": "NegGradPlus", "alpha": 0.5}, {"class": "FineTune", "order": "retain"}]
+    assert content[KEY]["method"] == {"class": "MUNBa", "inner": inner}
+    check_resumed(content[KEY], MUNBa(NegGradPlus(alpha=0.5)))
+    fewer = {"class": "MUNBa", "inner": [{"class": "NegGradPlus"}, {"class": "FineTune"}]}  # of a version that knew fewer
+    check_resumed({"method": fewer}, MUNBa(NegGradPlus()))
+    message = r"with the method MUNBa\(NegGradPlus\(alpha=0\.5\), .* one has MUNBa\(NegGradPlus\(alpha=0\.6\), FineTune"
+    with pytest.raises(MisconfigurationException, match=message):
+        check_resumed(content[KEY], MUNBa(NegGradPlus(alpha=0.6)))
+    with pytest.raises(MisconfigurationException, match=r"has MUNBa\(RandomLabel\(.*\), FineTune\(order=retain\)\)"):
+        check_resumed(content[KEY], MUNBa())
 
 
 def test_any_method_is_tested(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from salun_lightning.methods.influence_unlearning import InfluenceUnlearning
 from salun_lightning.methods.neg_merge import NegMerge
 from salun_lightning.modules import ImageClassifier
 from salun_lightning.networks import SmallResNet
-from salun_lightning.saliency import SaliencyMasking, Score
+from salun_lightning.saliency import SaliencyMasking, Score, SoftMasking
 from salun_lightning.saliency.selection import top_k_masks
 from salun_lightning.weights import weights_of
 from tests.methods.test_one_shot import network, plain_step
@@ -121,6 +121,15 @@ def fsdp(make_optimizer: Any = sgd, score: Score = "gradient", *callbacks: Any, 
 def sharding(tensor_parallel: bool = False, **kwargs: Any) -> ModelParallelStrategy:
     sizes = (1, 2) if tensor_parallel else (2, 1)
     return ModelParallelStrategy(*sizes, process_group_backend="gloo", **kwargs)
+
+
+def soft(**settings: Any) -> dict[str, Tensor]:
+    """Soft masking, without BatchNorm, whose statistics would be those of half a batch."""
+    torch.manual_seed(0)
+    module = Doubled()
+    module.net = nn.Sequential(nn.Flatten(), nn.Linear(32, 9), nn.Tanh(), nn.Linear(9, 3, bias=False)).double()
+    fit(module, SoftMasking(0.5), max_epochs=4, **settings)
+    return whole(weights_of(module))
 
 
 def subset() -> DataLoader:
@@ -273,6 +282,7 @@ def scenarios(folder: Path) -> dict[str, Callable[[], dict[str, Any]]]:
         "fsdp resumed": partial(fsdp_resumed, folder, distributed=False),
         "fsdp resumed from shards": partial(fsdp_resumed, folder, distributed=True),
         "tensor parallel": lambda: trained(TensorParallel(), SaliencyMasking(0.5), strategy=sharding(tensor_parallel=True)),
+        "soft": lambda: soft(devices=2, strategy="ddp", data=loader(24, 12)),
         "selection": selection,
         "selection of NaN": selection_of_nan,
     }  # fmt: skip

@@ -149,6 +149,13 @@ def test_the_mask_of_a_sharded_checkpoint_can_be_read(folder):
     assert saved == mask_of(torch.load(folder / "fsdp resumed from shards.0.pt", weights_only=True))
 
 
+@pytest.mark.parametrize("results", ["soft"], indirect=True)
+def test_soft_masking_is_that_of_one_process(results):
+    assert same_weights(*results)
+    for name, weight in processes.soft(data=loader(24, 24)).items():
+        torch.testing.assert_close(results[0][name], weight, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("results", ["ddp stream"], indirect=True)
 def test_a_stream_is_refused(results):
     for result in results:
