@@ -10,6 +10,7 @@ from filelock import FileLock, Timeout
 
 from salun_lightning.comparison.plan import Cell
 from salun_lightning.files import set_aside, write_text
+from salun_lightning.sentences import sentence
 
 Report = Callable[[Cell, dict[str, Any], str], None]
 
@@ -99,7 +100,9 @@ class Schedule:
             result = _run_quietly(cell, self.threads)
         except Exception as error:
             write_text(cell.folder / "error.txt", traceback.format_exc())
-            self._fail(cell, " ".join(str(error).split()).rstrip(".") or type(error).__name__)
+            parsed = "Does not validate" in str(error)  # the parser says it at length
+            said = sentence(error, ["fit"]) if parsed else " ".join(str(error).split()) or type(error).__name__
+            self._fail(cell, said.rstrip("."))
             return None, ""
         (cell.folder / "error.txt").unlink(missing_ok=True)
         return result, f"{result['seconds']:.1f} s" if cell.trained is None else "tested"

@@ -155,7 +155,6 @@ def _requests(plan: Plan, cases: Mapping[str, Any]) -> list[Request]:
 
 def _train_first(plan: Plan, pilot: Pilot) -> None:
     """The original and retrained models of the pilot seeds."""
-    cells = [*plan.first, *plan.cells]
 
     def report(cell: Cell, result: dict[str, Any], note: str) -> None:
         result = pilot.figures.of(cell, result)
@@ -169,8 +168,8 @@ def _train_first(plan: Plan, pilot: Pilot) -> None:
         gap = average_gap(measured, paired, pilot.metrics) if paired else None
         print(f"{cell.name:<32} {columns}{'' if gap is None else f'  gap {gap:6.2f}'}  {note}", flush=True)
 
-    cells.sort(key=lambda cell: cell.row != pilot.reference)  # the gap of the original models can then be shown
-    schedule = Schedule(cells, pilot.threads, report)
+    cells = sorted(plan.cells, key=lambda cell: cell.row != pilot.reference)  # the gap of the original models can then be shown
+    schedule = Schedule([*plan.first, *cells], pilot.threads, report)
     schedule.run()
     if schedule.failed:
         raise CellsFailed(" ".join(f"{cell.name}: {result['error']}." for cell, result in schedule.failed.items()))
