@@ -24,7 +24,7 @@ from salun_lightning.modules.record import KEY, arguments_from, check_resumed, r
 from salun_lightning.modules.trouble import Divergence, batch_norm_explained
 from salun_lightning.networks.frozen import Frozen
 from salun_lightning.networks.loading import load_weights, read_checkpoint
-from salun_lightning.weights import train_only
+from salun_lightning.weights import local_of, train_only, weights_of
 
 SETS = ("forget", "retain", "val", "test", "test_forget")
 
@@ -75,6 +75,7 @@ class UnlearningModule(LightningModule, ABC):
         self.lr_interval = lr_interval
         self._started = False
         self._reference: Frozen | None = None
+        self._passed_over = True
 
     @abstractmethod
     def losses(self, samples: Samples) -> Tensor:
@@ -207,16 +208,23 @@ class UnlearningModule(LightningModule, ABC):
         seed_all(epoch_seed(run_seed(), self.current_epoch, self.global_rank))
 
     @override
-    def training_step(self, batch: Mapping[str, Samples]) -> Tensor | None:
+    def training_step(self, batch: Mapping[str, Samples]) -> Tensor:
         sizes = {name: len(part.targets) for name, part in batch.items()}
         with batch_norm_explained(sizes):
             loss = self.method.loss(self, batch)
-        if loss is None:
-            return None
+        self._passed_over = self._passed_over and loss is None
+        if loss is None:  # Lightning takes no None of several processes, and DDP waits for a gradient of each weight
+            return torch.stack([0 * local_of(weight).sum() for weight in weights_of(self).values()]).sum()
         self._divergence.note(loss)
         size = sum(sizes.values())
         self.log("train/loss", loss, prog_bar=True, on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
         return loss
+
+    @override
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if self._passed_over:  # by all batches of this step: without gradients, nothing moves, weight decay included
+            self.zero_grad()
+        self._passed_over = True
 
     @override
     def on_train_epoch_end(self) -> None:

@@ -158,10 +158,12 @@ def _passed_on(name: str) -> Callable[..., None]:
     def hook(self: Unlearn, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         if self._view is None:
             return
-        if name in ("on_fit_start", "on_train_epoch_start", "on_train_epoch_end"):
-            getattr(self._view, name)()
+        if name == "on_fit_start":  # the original network comes to its device
+            self._view.on_fit_start()
         for method in all_of(self.method):
             getattr(method, name)(trainer, self._view, *args, **kwargs)
+        if name in ("on_train_epoch_start", "on_before_optimizer_step", "on_train_epoch_end"):
+            getattr(self._view, name)(*args)
         if name in ("on_exception", "teardown"):
             self._put_back()
 

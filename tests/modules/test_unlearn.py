@@ -196,7 +196,6 @@ def test_a_run_that_was_killed_goes_on_with_the_same_bits(tmp_path: Path) -> Non
     assert same(weights(again), weights(expected))
 
 
-@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
 def test_a_method_for_whole_classes_finds_the_head(tmp_path: Path) -> None:
     theirs = fit(tmp_path, TSBGRM())
     moved = [name for name, tensor in weights(network()).items() if not torch.equal(weights(theirs.network)[name], tensor)]
