@@ -24,10 +24,13 @@ Order = Literal["paired", "sequential", "mixed", "forget", "retain", "all"]
 
 
 def published_order(trainer: Any) -> Order:
-    """The order that the method of the trained module was published with; ``paired`` where there is none."""
-    module = None if trainer is None else trainer.lightning_module
-    order: Order = getattr(module, "order", "paired")
-    return order if order in get_args(Order) else "paired"  # a module of another project may mean something else
+    """The order that the method of the trained module was published with; ``paired`` where there is none.
+
+    In a module of another project, a callback holds the method.
+    """
+    holders = [] if trainer is None else [trainer.lightning_module, *trainer.callbacks]
+    orders = [getattr(holder, "order", None) for holder in holders]  # which may mean something else
+    return next((order for order in orders if isinstance(order, str) and order in get_args(Order)), "paired")
 
 
 class TrainingOrder(DistributedSampler[Any]):

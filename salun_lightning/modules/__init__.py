@@ -8,10 +8,11 @@ from typing import Any
 
 from salun_lightning.modules.base import UnlearningModule
 from salun_lightning.modules.classifier import ImageClassifier
+from salun_lightning.modules.unlearn import Unlearn
 
 _SLOW = {"ClassDiffusion": "class_diffusion", "Diffusion": "diffusion", "Sampling": "sampling"}
 
-__all__ = ["ClassDiffusion", "Diffusion", "ImageClassifier", "Sampling", "UnlearningModule"]
+__all__ = ["ClassDiffusion", "Diffusion", "ImageClassifier", "Sampling", "Unlearn", "UnlearningModule"]
 
 
 def __getattr__(name: str) -> Any:

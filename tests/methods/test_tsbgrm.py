@@ -15,8 +15,6 @@ from tests.modules.small_runs import same, weights
 
 RUN: dict[str, Any] = {"max_steps": -1, "optimizer": lambda p: torch.optim.AdamW(p, lr=0.05, weight_decay=0.1)}
 
-pytestmark = pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
-
 
 def reference(scale: float, forget_epochs: int, repair_epochs: int, keep: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
     """Full-batch training of the head on fixed features, by hand."""
