@@ -71,9 +71,7 @@ def _images(count: int, seed: int) -> ImageTensors:
 
 def data(batch_size: int = 8) -> ForgetRetainDataModule:
     """Of 36 training images the first class, a third of them, is to be forgotten. All counts are even: two processes share."""
-    return ForgetRetainDataModule(
-        ForgetClasses([0]), _images(48, 1), _images(12, 2), val_fraction=0.25, batch_size=batch_size
-    )
+    return ForgetRetainDataModule(ForgetClasses([0]), _images(48, 1), _images(12, 2), val_fraction=0.25, batch_size=batch_size)
 
 
 @cache
