@@ -66,6 +66,14 @@ class RefuseAccidents(Callback):
                     )
 
 
+class Parser(LightningArgumentParser):
+    """Writes what it has parsed without checking it again, which takes longer than all else that a small run begins with."""
+
+    @override
+    def dump(self, *args: Any, **kwargs: Any) -> str:
+        return str(super().dump(*args, **{"skip_validation": True, **kwargs}))
+
+
 class UnlearningCLI(LightningCLI):
     """LightningCLI, any LightningModule and any LightningDataModule, and ``saliency:``.
 
@@ -93,6 +101,7 @@ class UnlearningCLI(LightningCLI):
             trainer_defaults={"log_every_n_steps": 1},
             seed_everything_default=0,
             auto_configure_optimizers=False,
+            parser_class=Parser,
             parser_kwargs={"exit_on_error": False},  # whoever called says what is wrong
             args=args,
             **kwargs,

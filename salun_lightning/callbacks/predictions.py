@@ -24,7 +24,13 @@ class PredictionsWriter(Callback):
         self._write(trainer, pl_module)
 
     @override
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._tested = getattr(pl_module, "predictions", None)  # in this process, before
+
+    @override
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if getattr(pl_module, "predictions", None) is self._tested:
+            return  # of a model that generates: no classifier judges what predict makes
         predictions = self._write(trainer, pl_module)
         if predictions is not None:
             path = Path(trainer.default_root_dir) / "predictions.csv"

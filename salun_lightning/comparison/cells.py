@@ -9,8 +9,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from salun_lightning.comparison.forgetting import moved, write_thumbnails
-from salun_lightning.comparison.observers import Passes, save_images
+from salun_lightning.comparison.forgetting import moved, save_images, write_thumbnails
+from salun_lightning.comparison.observers import Passes
 from salun_lightning.comparison.plan import Cell
 from salun_lightning.evidence.gaps import METRICS
 from salun_lightning.files import read_json, read_torch, set_aside, tensors_fault, write_json

@@ -9,7 +9,8 @@ from salun_lightning.comparison.report import Results, Table, retrained_pairs
 from salun_lightning.evidence.gaps import average_gap, gaps
 
 WIDTH = 340
-_MARGIN, _ROW, _NUMBERS = 12, 38, 44
+_MARGIN, _ROW, _NUMBERS = 12, 20, 44
+_LETTER, _LETTERS = 6, 20  # the width of a letter, and how many of a label are shown
 _SUREST = 1e-7  # below it, float32 knows no difference to certainty
 _POINTS = 80  # of a curve
 
@@ -58,14 +59,17 @@ def _panel(name: str, distances: Mapping[str, Sequence[float]], noise: float | N
     room = 0.04 * (high - low) or 1.0
     low, high = (low if name == "gap" else low - room), high + room
 
+    left = _MARGIN + _LETTER * min(_LETTERS, max(map(len, distances)))  # labels stand beside the dots
+
     def place(value: float) -> float:
-        return round(_MARGIN + (WIDTH - 2 * _MARGIN - _NUMBERS) * (value - low) / (high - low), 1)
+        return round(left + (WIDTH - left - _MARGIN - _NUMBERS) * (value - low) / (high - low), 1)
 
     rows = [
         {
-            "label": row,
+            "row": row,
+            "label": row if len(row) <= _LETTERS else f"{row[: _LETTERS - 1].rstrip()}…",
             "mean": f"{fmean(of_row):{'' if name == 'gap' else '+'}.2f}",
-            "y": _ROW * i + 28,
+            "y": _ROW * i + 14,
             "points": [place(value) for value in of_row],
             "at": place(fmean(of_row)),
         }

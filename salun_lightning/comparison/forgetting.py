@@ -1,13 +1,15 @@
-"""What a run records of forgetting beside its predictions: where the weights moved, and pictures of what was forgotten."""
+"""What a run records beside its predictions: where the weights moved, and pictures of what it forgot or generates."""
 
 import base64
 import io
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import make_grid
 
 from salun_lightning.comparison.plan import Cell
 from salun_lightning.data import ForgetRetainDataModule
@@ -63,6 +65,20 @@ def write_thumbnails(cell: Cell, datamodule: Any, predictions: Predictions | Non
     pictures = {str(int(index)): _png(image) for index, image in zip(torch.cat([most, least]), images, strict=True)}
     content = {"most": most.tolist(), "least": least.tolist(), "class_names": datamodule.class_names, "images": pictures}
     write_json(cell.thumbnails, content)
+
+
+def save_images(images: Mapping[int, Mapping[int, Tensor]], path: Path) -> None:
+    """Save a picture of generated images, if there are any: a row for each class, a pixel apart.
+
+    Args:
+        images: uint8 (C, H, W), by class and number; equally many of each class.
+        path: Where to.
+    """
+    if images:
+        shown = [numbered[index] for _, numbered in sorted(images.items()) for index in sorted(numbered)]
+        grid = make_grid(torch.stack(shown), nrow=len(shown) // len(images), padding=1, pad_value=127)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        to_pil_image(grid[:1] if len(shown[0]) == 1 else grid).save(path)  # it makes grey images coloured
 
 
 def _png(image: Tensor) -> str:

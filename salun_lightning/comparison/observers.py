@@ -1,14 +1,10 @@
-"""What a comparison observes of each run: what it costs, and what the report shows of its model."""
+"""What a comparison observes of each run: what it costs."""
 
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
-from torchvision.transforms.functional import to_pil_image
-from torchvision.utils import make_grid
 from typing_extensions import override
 
 
@@ -56,17 +52,3 @@ class Passes(Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.number = state_dict["number"]
-
-
-def save_images(images: Mapping[int, Mapping[int, Tensor]], path: Path) -> None:
-    """Save a picture of generated images, if there are any: a row for each class, a pixel apart.
-
-    Args:
-        images: uint8 (C, H, W), by class and number; equally many of each class.
-        path: Where to.
-    """
-    if images:
-        shown = [numbered[index] for _, numbered in sorted(images.items()) for index in sorted(numbered)]
-        grid = make_grid(torch.stack(shown), nrow=len(shown) // len(images), padding=1, pad_value=127)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        to_pil_image(grid[:1] if len(shown[0]) == 1 else grid).save(path)  # it makes grey images coloured

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
@@ -85,7 +85,7 @@ def _configuration(trainer: Trainer) -> dict[str, Any] | None:
 
 @functools.lru_cache(maxsize=1)  # a run asks at each checkpoint, and the parser takes its time
 def _model_in(callback: SaveConfigCallback) -> dict[str, Any] | None:
-    model: dict[str, Any] = yaml.safe_load(callback.parser.dump(callback.config))["model"]
+    model: dict[str, Any] = yaml.safe_load(callback.parser.dump(Namespace(model=callback.config.model)))["model"]
     if "class_path" not in model:
         return None
     model.setdefault("init_args", {}).pop("original", None)  # the checkpoint has weights of its own

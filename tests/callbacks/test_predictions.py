@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from salun_lightning.callbacks.predictions import PredictionsWriter
 from salun_lightning.data import ForgetClasses
-from salun_lightning.evidence.predictions import Predictions
+from salun_lightning.evidence.predictions import PredictedSet, Predictions
 from tests.modules.small_runs import classifier, digits, trainer
 
 
@@ -53,6 +53,14 @@ def test_other_predictions_are_left_alone(tmp_path: Path) -> None:
     loader: DataLoader[Any] = DataLoader(torch.arange(4))
     predictions = trainer(tmp_path, callbacks=[PredictionsWriter()]).predict(Other(), loader)
     assert torch.cat(predictions).tolist() == [0, 1, 2, 3]
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_test_has_said_is_not_written_again_as_predicted(tmp_path: Path) -> None:
+    """A model that generates is judged in ``test``; ``predict`` makes images alone."""
+    module = Other()
+    module.predictions = Predictions({"generated": PredictedSet(torch.zeros(1, 2), torch.zeros(1), torch.zeros(1))})  # type: ignore[assignment]
+    trainer(tmp_path, callbacks=[PredictionsWriter()]).predict(module, DataLoader(torch.arange(4)))
     assert not list(tmp_path.iterdir())
 
 

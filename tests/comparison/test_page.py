@@ -182,6 +182,14 @@ def test_distances_are_paired_and_the_noise_floor_is_that_of_retrained_models() 
     assert gap["band"][0] == gap["zero"]
 
 
+def test_a_long_label_is_cut_and_stands_beside_the_dots() -> None:
+    names = ["Retrain", "FT", "A method whose name is long"]
+    results = {(row, (0, "")): result(row, 0, float(10 * place)) for place, row in enumerate(names)}
+    (panel,) = gap_panels(results, Table("Retrain", [], ["UA"], gap=False))
+    assert [(row["row"], row["label"]) for row in panel["rows"]] == [("FT", "FT"), (names[2], "A method whose name…")]
+    assert all(at > 6 * len("A method whose name…") for row in panel["rows"] for at in (*row["points"], row["at"]))
+
+
 def test_a_curve_rises_where_the_doubts_are() -> None:
     points = [tuple(map(float, point.split(","))) for point in curve([0.9, 1.0, float("nan"), 0.999]).split()]
     xs = [x for x, _ in points]
