@@ -30,7 +30,8 @@ def published_order(trainer: Any) -> Order:
     """
     holders = [] if trainer is None else [trainer.lightning_module, *trainer.callbacks]
     orders = [getattr(holder, "order", None) for holder in holders]  # which may mean something else
-    return next((order for order in orders if isinstance(order, str) and order in get_args(Order)), "paired")
+    known: list[Any] = [order for order in orders if isinstance(order, str) and order in get_args(Order)]
+    return known[0] if known else "paired"
 
 
 class TrainingOrder(DistributedSampler[Any]):

@@ -85,7 +85,8 @@ def _configuration(trainer: Trainer) -> dict[str, Any] | None:
 
 @functools.lru_cache(maxsize=1)  # a run asks at each checkpoint, and the parser takes its time
 def _model_in(callback: SaveConfigCallback) -> dict[str, Any] | None:
-    model: dict[str, Any] = yaml.safe_load(callback.parser.dump(Namespace(model=callback.config.model)))["model"]
+    of_model = Namespace(model=callback.config.model)  # type: ignore[no-untyped-call]
+    model: dict[str, Any] = yaml.safe_load(callback.parser.dump(of_model))["model"]
     if "class_path" not in model:
         return None
     model.setdefault("init_args", {}).pop("original", None)  # the checkpoint has weights of its own
