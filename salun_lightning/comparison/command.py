@@ -1,8 +1,11 @@
 """The command ``compare``."""
 
+import multiprocessing
 import os
 import platform
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +40,7 @@ def compare(
     metrics: list[str] | None = None,
     gap: bool = True,
     threads: int = 1,
+    workers: int = 1,
     tuned: bool = False,
 ) -> dict[str, Any]:
     """Run methods x seeds against a paired retrained model, and report.
@@ -67,6 +71,7 @@ def compare(
         metrics: The columns of the table, as ``test`` names them; by default UA, RA, TA and MIA.
         gap: Whether the mean absolute difference of these to the reference is a column.
         threads: The number of threads each cell computes with. Tiny networks are fastest with one.
+        workers: How many cells are run at a time, each in a process of its own.
         tuned: Whether each row also takes what a search has found for its method and task, ``<task>/tuned/<method>``, where
             that is there. A case whose request has files of its own, such as ``digits/one_class/tuned/salun``, takes those.
 
@@ -87,8 +92,9 @@ def compare(
     for name, values in {"seeds": seeds, "only": asked, "only_cases": asked_cases, "metrics": metrics}.items():
         if not values or len(set(values)) < len(values):
             raise ValueError(f"'{name}' is {values}. Name at least one, and each only once.")
-    if threads < 1:
-        raise ValueError(f"'threads' is {threads}. A cell needs at least one.")
+    for name, number in {"threads": threads, "workers": workers}.items():
+        if number < 1:
+            raise ValueError(f"'{name}' is {number}. A comparison needs at least one.")
     chosen = {row_called(name, everything) for name in asked}
     by_name = {str(case): None for case in cases or [""]}
     chosen_cases = {row_called(str(name), by_name, "case") for name in asked_cases}
@@ -102,7 +108,8 @@ def compare(
     started = time.perf_counter()
     cells = [*plan.first, *(cell for cell in plan.cells if cell in wanted)]
     figures = Figures(out)
-    failed = _run_all(cells, plan.first, table, threads, figures)
+    with _helpers(workers - 1, cells, threads):
+        failed = _run_all(cells, plan.first, table, threads, figures)
     report = _report(list(everything), plan, table, failed, figures, time.perf_counter() - started)
     if failed:
         raise CellsFailed(
@@ -115,6 +122,27 @@ def compare(
 
 def _listed(values: Any) -> list[Any]:
     return values if isinstance(values, list) else [values]
+
+
+@contextmanager
+def _helpers(count: int, cells: list[Cell], threads: int) -> Iterator[None]:
+    """Further processes that run cells, as long as there are any."""
+    context = multiprocessing.get_context("spawn")
+    helpers = [context.Process(target=_help, args=(cells, threads)) for _ in range(count if len(cells) > 1 else 0)]
+    for helper in helpers:
+        helper.start()
+    try:
+        yield
+    finally:
+        for helper in helpers:  # if all went well, there is nothing left for them
+            helper.terminate()
+            helper.join()
+
+
+def _help(cells: list[Cell], threads: int) -> None:
+    """Run cells in silence: the process that was called tells of all of them, and runs again what fails here."""
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        Schedule(cells, threads, lambda *_: None).run()
 
 
 def _run_all(cells: list[Cell], first: list[Cell], table: Table, threads: int, figures: Figures) -> dict[Cell, dict[str, Any]]:

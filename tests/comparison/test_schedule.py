@@ -18,6 +18,7 @@ from filelock import FileLock
 
 from salun_lightning import ImageClassifier
 from salun_lightning.cli import main
+from salun_lightning.comparison import schedule
 from salun_lightning.comparison.plan import Cell
 from salun_lightning.comparison.schedule import CellsFailed, Schedule
 from salun_lightning.files import read_json, write_json
@@ -226,6 +227,31 @@ def test_two_processes_take_turns(config: Path) -> None:
     assert tables[0] == tables[1]
 
 
+def test_two_workers_give_what_one_gives(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The first cell waits here until all that do not need it are there: so another process has run those."""
+    run_here = schedule._run_quietly
+    out = config.parent / "out"
+
+    def run_last(cell: Cell, threads: int) -> dict[str, Any]:
+        if cell.row == "original":
+            give_up = time.monotonic() + 300
+            while len([*out.glob("retrain*/seed-1/result.json")]) < 2:
+                assert time.monotonic() < give_up
+                time.sleep(0.1)
+        return run_here(cell, threads)
+
+    monkeypatch.setattr(schedule, "_run_quietly", run_last)
+    shared = compare(config, "--workers=2", "--noise_floor=1")
+    said = capfd.readouterr()
+    assert said.out.count("[  1/") == said.out.count("[  3/") == 1
+    alone = compare(config, f"--out={config.parent / 'alone'}", "--noise_floor=1")
+    figures = [{cell["row"]: (cell["metrics"], cell["passes"]) for cell in report["cells"]} for report in (shared, alone)]
+    assert figures[0] == figures[1]
+    assert len(figures[0]) >= 3
+
+
 def test_a_cell_that_another_process_runs_is_left_for_later(
     config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -322,7 +348,8 @@ def test_sigterm_at_the_end_of_a_test_is_heeded(
         (["--seeds=[1, 2, 1]"], r"'seeds' is \[1, 2, 1\]"),
         (["--metrics=[]"], r"'metrics' is \[\]"),
         (["--only=[]"], r"'only' is \[\]"),
-        (["--threads=0"], "'threads' is 0. A cell needs at least one."),
+        (["--threads=0"], "'threads' is 0. A comparison needs at least one."),
+        (["--workers=0"], "'workers' is 0. A comparison needs at least one."),
         (["--noise_floor=-1"], "'noise_floor' is -1. Give the number of further retrained models"),
         (["--reference=Retrian"], "There is no row 'Retrian'"),
         (["--", "--model.optimizr=SGD"], "Row 'original': .*optimizr"),
