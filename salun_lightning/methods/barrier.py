@@ -21,8 +21,6 @@ from salun_lightning.weights import weights_of
 if TYPE_CHECKING:
     from salun_lightning.modules.base import UnlearningModule
 
-_TAIL = 0.05  # the fraction of the forget set on each side that may lie where the answers are held
-
 
 class Barrier(Method):
     r"""BARRIER adds to the loss of a base method a barrier in each layer, :math:`\lambda` times their mean (arXiv 2605.15737).
@@ -91,7 +89,7 @@ class Barrier(Method):
             guard.fix(self.directions)
         _look(module, "forget", {guard.original: guard.project for guard in self._guards})
         for guard in self._guards:
-            guard.bound(_TAIL, self.margin)
+            guard.bound(0.05, self.margin)
         if self.margin is None:
             _look(module, "retain", {guard.original: guard.widen for guard in self._guards})
 
