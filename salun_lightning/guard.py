@@ -5,8 +5,10 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 Layer = nn.Linear | nn.Conv2d
+_KEPT = 1 << 16  # of about so many inputs of a layer quantiles are taken: a convolution may have billions
 
 
 def vectors(layer: nn.Module, inputs: Tensor) -> Tensor:
@@ -15,12 +17,15 @@ def vectors(layer: nn.Module, inputs: Tensor) -> Tensor:
     return last.double().reshape(-1, last.shape[-1])
 
 
-def takes_a_pixel(layer: Layer) -> bool:
-    """Whether a layer answers to an image of one pixel: with the padding it is as large as the kernel."""
-    if isinstance(layer, nn.Linear) or layer.padding == "same":
-        return True
-    pads = (0, 0) if isinstance(layer.padding, str) else layer.padding
-    sizes = zip(layer.kernel_size, layer.dilation, pads, strict=True)
+def can_be_held(layer: nn.Module) -> bool:
+    """Whether it is a linear layer, or a convolution that answers to an image of one pixel: the kernel fits the padding."""
+    if isinstance(layer, nn.Linear):
+        return not isinstance(layer, NonDynamicallyQuantizableLinear)  # that of attention, which torch never calls
+    if not isinstance(layer, nn.Conv2d):
+        return False
+    if isinstance(layer.padding, str):
+        return layer.padding == "same" or set(layer.kernel_size) == {1}
+    sizes = zip(layer.kernel_size, layer.dilation, layer.padding, strict=True)
     return all(dilation * (kernel - 1) <= 2 * pad for kernel, dilation, pad in sizes)
 
 
@@ -74,24 +79,26 @@ class Guard:
         """Tell the directions that the forget set takes from the others."""
         rows, values = self.spread.directions()
         self.inner, self.outer = rows[:directions], rows[directions:] * values[directions:, None]
+        self.low, self.high = torch.full((2, len(self.inner)), torch.inf).to(rows) * rows.new_tensor([[1], [-1]])
 
     def project(self, inputs: Tensor) -> None:
-        """Keep some inputs along the inner directions."""
-        self.along.append((inputs - self.spread.mean) @ self.inner.T)
+        """Look at some inputs along the inner directions, and keep some of them."""
+        along = self.widen(inputs)
+        self.along.append(along[:: -(-self.spread.count // _KEPT)].clone())
 
     def bound(self, tail: float, margin: float | None) -> None:
         """Where the forget set lies along the inner directions, and how far the barrier reaches beyond."""
-        along = torch.cat(self.along)
-        ends = [column.quantile(column.new_tensor([tail, 1 - tail])) for column in along.T]  # torch takes no large matrix
-        start, end = torch.stack(ends, dim=1)
-        low, high = (along.amin(0), along.amax(0)) if margin is None else (start - margin, end + margin)
-        self.bounds = [low, start, end, high]
+        start, end = torch.cat(self.along).quantile(self.low.new_tensor([tail, 1 - tail]), dim=0)
+        if margin is not None:
+            self.low, self.high = start - margin, end + margin
+        self.start, self.end, self.along = start, end, []
 
-    def widen(self, inputs: Tensor) -> None:
-        """Let the barrier reach as far as some more inputs."""
+    def widen(self, inputs: Tensor) -> Tensor:
+        """Let the barrier reach as far as some inputs; these along the inner directions."""
         along = (inputs - self.spread.mean) @ self.inner.T
-        self.bounds[0] = torch.minimum(self.bounds[0], along.amin(0))
-        self.bounds[3] = torch.maximum(self.bounds[3], along.amax(0))
+        self.low = torch.minimum(self.low, along.amin(0))
+        self.high = torch.maximum(self.high, along.amax(0))
+        return along
 
     def barrier(self) -> Tensor:
         """How far the layer has left its original answers."""
@@ -105,7 +112,7 @@ class Guard:
             total = total + _answers(layer, outer, change).square().mean()
         along = _answers(layer, inner, change).T
         positive, negative = along.relu(), (-along).relu()
-        low, start, end, high = (bound.to(kind) for bound in self.bounds)
+        low, start, end, high = (bound.to(kind) for bound in (self.low, self.start, self.end, self.high))
         for one, other in ((low, start), (start, low), (end, high), (high, end)):
             total = total + (positive @ one - negative @ other).square().mean()
         return total

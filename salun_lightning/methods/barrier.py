@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from salun_lightning.data import Samples, run_seed
-from salun_lightning.guard import Guard, Layer, takes_a_pixel, vectors
+from salun_lightning.guard import Guard, Layer, can_be_held, vectors
 from salun_lightning.methods.base import Method
 from salun_lightning.methods.random_label import RandomLabel
 from salun_lightning.saliency.rehearsal import undisturbed
@@ -20,8 +20,6 @@ from salun_lightning.weights import weights_of
 
 if TYPE_CHECKING:
     from salun_lightning.modules.base import UnlearningModule
-
-_TAIL = 0.05  # the fraction of the forget set on each side that may lie where the answers are held
 
 
 class Barrier(Method):
@@ -32,23 +30,22 @@ class Barrier(Method):
         + \overline{(P z_- - N l)^2} + \overline{(P z_+ - N h)^2} + \overline{(P h - N z_+)^2}
 
     :math:`\mu`, :math:`U`, :math:`S` are the mean, the right singular vectors and the singular values of the layer's centred
-    inputs on the forget set, in the original network in eval mode. :math:`U_f` are the first directions, :math:`U_r` the rest;
-    :math:`P` and :math:`N` are the positive and the negative part of :math:`\Delta W U_f`. The last four terms bound the change
-    of the answers on both sides of the forget set, from :math:`l` to :math:`z_-`, its 5 % quantile along :math:`U_f`, and from
-    the 95 % quantile :math:`z_+` to :math:`h`.
-    The layers are those that are trained, and nothing else may be: ``model.trainable`` says which. As released, a convolution
-    is held as if each of its pixels were an image, so of a kernel of 3 x 3 with padding 1 only the centre. (The released runs
-    have no retain loss; that of the base method stays here.)
+    inputs on the forget set, in the original network in eval mode. :math:`U_f` are the first directions, :math:`U_r` the rest,
+    :math:`P` and :math:`N` the positive and the negative part of :math:`\Delta W U_f`. The last four terms bound the change of
+    the answers on both sides of the forget set, from :math:`l` to :math:`z_-` and from :math:`z_+` to :math:`h`, where
+    :math:`z_\pm` are its quantiles of 5 and 95 % along :math:`U_f`. The layers are the linear ones and the padded convolutions
+    that ``model.trainable`` names, and all else is frozen. As released, a convolution is held as if each pixel were an image:
+    of a kernel of 3 x 3 the centre. (The released runs of classifiers hold the last layer alone, without a retain loss.)
 
     Args:
         base: The method that forgets, by default random labels.
         weight: :math:`\lambda`.
         directions: How many directions :math:`U_f` has.
         margin: How far :math:`l` and :math:`h` lie beyond :math:`z_\pm`. By default, as in the released configurations, they
-            are the smallest and the largest projection of the whole training set, which takes a pass over it.
+            are the smallest and the largest projection of the whole training set.
 
     Raises:
-        ValueError: A number is out of range, or what is trained is no linear layer or convolution with padding.
+        ValueError: A number is out of range, or there is no layer that can be held.
         MisconfigurationException: The weights are sharded.
     """
 
@@ -58,32 +55,43 @@ class Barrier(Method):
         self, base: Method | None = None, weight: float = 1.0, directions: int = 32, margin: float | None = None
     ) -> None:
         if not (0 <= weight < math.inf and directions >= 1 and (margin is None or margin >= 0)):
-            raise ValueError(
-                f"weight {weight}, directions {directions}, margin {margin} make no barrier. Give a weight and a margin that"
-                " are not negative, and at least one direction."
-            )
+            numbers = f"weight {weight}, directions {directions}, margin {margin}"
+            raise ValueError(f"{numbers} make no barrier. Give numbers that are not negative, and at least one direction.")
         self.base = RandomLabel() if base is None else base
         self.inner, self.order, self.kind = (self.base,), self.base.order, self.base.kind
         self.weight, self.directions, self.margin = weight, directions, margin
         self._guards: list[Guard] = []
+        self._frozen: list[nn.Parameter] = []
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        held = {weight for layer in _layers(pl_module).values() for weight in layer.parameters()}
+        if not held:
+            raise ValueError(
+                "Barrier trains linear layers and padded convolutions. Name some in model.trainable, as '(fc|head)'."
+            )
+        self._frozen = [weight for weight in weights_of(pl_module).values() if weight not in held]
+        for weight in self._frozen:
+            weight.requires_grad_(False)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if isinstance(trainer.strategy, ModelParallelStrategy):
             raise MisconfigurationException("Barrier needs whole layers, which no process has of sharded weights. Use 'ddp'.")
-        module = cast("UnlearningModule", pl_module)
-        guards = _guards(module)
-        _look(module, "forget", {guard.original: guard.spread.add for guard in guards.values()})
-        for name, guard in guards.items():
+        module, layers = cast("UnlearningModule", pl_module), _layers(pl_module)
+        self._guards = [Guard(layer, cast(Layer, module.reference.get_submodule(name))) for name, layer in layers.items()]
+        _look(module, "forget", {guard.original: guard.spread.add for guard in self._guards})
+        for name, guard in zip(layers, self._guards, strict=True):
             if not guard.spread.count:
-                raise ValueError(f"Nothing is put into the layer '{name}' by itself. Leave it out of model.trainable.")
+                raise ValueError(f"The layer '{name}' is not called as a module. Leave it out of model.trainable.")
             guard.fix(self.directions)
-        _look(module, "forget", {guard.original: guard.project for guard in guards.values()})
-        for guard in guards.values():
-            guard.bound(_TAIL, self.margin)
+        _look(module, "forget", {guard.original: guard.project for guard in self._guards})
+        for guard in self._guards:
+            guard.bound(0.05, self.margin)
         if self.margin is None:
-            _look(module, "retain", {guard.original: guard.widen for guard in guards.values()})
-        self._guards = list(guards.values())
+            _look(module, "retain", {guard.original: guard.widen for guard in self._guards})
 
     @override
     def loss(self, module: "UnlearningModule", batch: Mapping[str, Samples]) -> Tensor | None:
@@ -94,22 +102,16 @@ class Barrier(Method):
         return loss + self.weight * barriers.mean()
 
     @override
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._guards = []
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        for weight in self._frozen:
+            weight.requires_grad_(True)
+        self._guards, self._frozen = [], []
 
 
-def _guards(module: "UnlearningModule") -> dict[str, Guard]:
-    """A guard of each layer that is trained, by name; a ValueError if anything else is."""
-    layers, trained = dict(module.network.named_modules()), weights_of(module)
-    fit = [name for name, layer in layers.items() if isinstance(layer, Layer) and takes_a_pixel(layer)]
-    guarded = {weight: name for name in fit for weight in layers[name].parameters()}
-    if other := next((name for name, weight in trained.items() if weight not in guarded), None):
-        raise ValueError(
-            f"Barrier holds the answers of linear layers and of convolutions with padding, but '{other}' would be trained as"
-            " well. Name such layers alone in model.trainable, such as '(fc|head)'."
-        )
-    names = dict.fromkeys(guarded[weight] for weight in trained.values())
-    return {name: Guard(cast(Layer, layers[name]), cast(Layer, module.reference.get_submodule(name))) for name in names}
+def _layers(module: LightningModule) -> dict[str, Layer]:
+    """The layers that are trained and can be held, by name."""
+    held = [(name, layer) for name, layer in module.get_submodule("network").named_modules() if can_be_held(layer)]
+    return {name: cast(Layer, layer) for name, layer in held if any(weight.requires_grad for weight in layer.parameters())}
 
 
 def _look(module: "UnlearningModule", name: str, looks: Mapping[nn.Module, Callable[[Tensor], object]]) -> None:

@@ -11,7 +11,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 
-from salun_lightning.guard import Guard
+from salun_lightning import guard as module_of_guards
+from salun_lightning.guard import Guard, can_be_held
 from salun_lightning.lightning_cli import UnlearningCLI
 from salun_lightning.methods import Barrier, FineTune, GradientAscent, Method, NegGradPlus, Remap
 from salun_lightning.modules import ImageClassifier
@@ -170,34 +171,67 @@ def test_a_batch_that_the_base_passes_over() -> None:
     [{"weight": -1.0}, {"weight": float("nan")}, {"directions": 0}, {"margin": -1.0}],
 )
 def test_numbers_out_of_range(numbers: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"make no barrier\. Give a weight and a margin that are not negative"):
+    with pytest.raises(ValueError, match=r"make no barrier\. Give numbers that are not negative"):
         Barrier(**numbers)
 
 
+def test_all_but_the_layers_is_frozen_and_afterwards_free_again(tmp_path: Path) -> None:
+    module = ImageClassifier(network(), method=Barrier())
+    trainer(tmp_path, max_epochs=1).fit(module, datamodule=small_datamodule())
+    moved = {
+        name for name, weight in module.network.named_parameters() if not torch.equal(weight, network().get_parameter(name))
+    }
+    assert moved == {"0.weight", "0.bias", "3.weight", "3.bias"}
+    assert all(weight.requires_grad for weight in module.parameters())
+
+
 class Attends(nn.Module):
-    """Attention, whose output layer torch never calls by itself."""
+    """Attention, whose output layer torch never calls, and a layer that is used as a function."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.attention, self.head = nn.MultiheadAttention(4, 1, batch_first=True), nn.Linear(4, 3)
+        self.attention, self.between, self.head = (
+            nn.MultiheadAttention(4, 1, batch_first=True),
+            nn.Linear(4, 4),
+            nn.Linear(4, 3),
+        )
 
     def forward(self, images: Tensor) -> Tensor:
         rows = images[:, 0]
-        return self.head(self.attention(rows, rows, rows)[0].mean(1))
+        return self.head(self.attention(rows, rows, rows)[0].mean(1) @ self.between.weight.T)
 
 
-@pytest.mark.parametrize(
-    ("net", "trainable", "message"),
-    [
-        (network, None, r"but '1\.weight' would be trained as well\. Name such layers alone in model\.trainable"),
-        (lambda: nn.Sequential(nn.Conv2d(1, 3, 4), nn.Flatten()), None, r"with padding, but '0\.weight' would be trained"),
-        (Attends, "out_proj", r"^Nothing is put into the layer 'attention\.out_proj' by itself\. Leave it out of model\.train"),
-    ],
-)
-def test_layers_that_cannot_be_held(tmp_path: Path, net: Any, trainable: str | None, message: str) -> None:
-    module = ImageClassifier(net(), method=Barrier(), trainable=trainable)
-    with pytest.raises(ValueError, match=message):
+def test_layers_that_cannot_be_held(tmp_path: Path) -> None:
+    for layer, held in (
+        (nn.Conv2d(1, 1, 4), False),
+        (nn.Conv2d(1, 1, 3, padding=1, stride=2), True),
+        (nn.Conv2d(1, 1, 3, padding="same"), True),
+        (nn.Conv2d(1, 1, 3, padding="valid"), False),
+        (nn.Conv2d(1, 1, 3, padding=2, dilation=2), True),
+        (nn.MultiheadAttention(4, 1).out_proj, False),
+        (nn.BatchNorm2d(1), False),
+    ):
+        assert can_be_held(layer) == held
+    module = ImageClassifier(Attends(), method=Barrier())
+    with pytest.raises(ValueError, match=r"^The layer 'between' is not called as a module\. Leave it out of model\.trainable"):
         trainer(tmp_path, max_epochs=1).fit(module, datamodule=small_datamodule())
+    module = ImageClassifier(Attends(), method=Barrier(), trainable="attention|head")
+    trainer(tmp_path, max_steps=1).fit(module, datamodule=small_datamodule())
+    module = ImageClassifier(network(), method=Barrier(), trainable=r"^1\.")
+    with pytest.raises(
+        ValueError, match=r"^Barrier trains linear layers and padded convolutions\. Name some in model\.trainable"
+    ):
+        trainer(tmp_path, max_epochs=1).fit(module, datamodule=small_datamodule())
+
+
+def test_quantiles_of_many_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    inputs, layer, original = torch.randn(4000, 3), nn.Linear(3, 2), nn.Linear(3, 2)
+    everything = guard(layer, original, inputs, 2, 20.0)
+    monkeypatch.setattr(module_of_guards, "_KEPT", 1000)
+    some = guard(layer, original, inputs, 2, 20.0)
+    torch.testing.assert_close(some.start, everything.start, atol=0.1, rtol=0)
+    assert not torch.equal(some.start, everything.start)
 
 
 def test_shards_are_refused(tmp_path: Path) -> None:
