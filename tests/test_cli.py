@@ -146,7 +146,7 @@ def test_help_is_quick_and_complete() -> None:
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "train.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    for command in ("fit", "validate", "test", "predict", "compare", "configs", "init"):
+    for command in ("fit", "validate", "test", "predict", "compare", "search", "configs", "init"):
         assert f"  {command} " in done.stdout
     assert "torch" not in done.stderr
     assert "lightning.pytorch" not in done.stderr

@@ -14,7 +14,8 @@ FILES = sorted(SHIPPED.rglob("*.yaml"))
 
 
 def test_a_method_is_at_most_eight_lines_and_all_files_450() -> None:
-    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in FILES}
+    """All but those that the search writes."""
+    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in FILES if path.parent.name != "tuned"}
     assert sum(lengths.values()) <= 450
     assert max(length for path, length in lengths.items() if path.parent.name == "method") <= 8
 

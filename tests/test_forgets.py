@@ -1,6 +1,6 @@
 """Each method that is meant to forget a class of the digits does, at the rate for it, and keeps the others; its choice."""
 
-from dataclasses import replace
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +9,10 @@ import yaml
 
 from salun_lightning import ForgetClasses, ForgetIndices, ForgetRandom
 from salun_lightning.cli import main
-from salun_lightning.comparison.plan import Plan
-from salun_lightning.comparison.rows import ConfigFile, Row, all_rows
 from salun_lightning.configurations import SHIPPED
 from salun_lightning.lightning_cli import UnlearningCLI
+from salun_lightning.search import command
+from salun_lightning.search.method import MethodSearch
 
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.limit_val_batches=0"]
 FORGETTING = ["gradient_ascent", "random_label", "salun", "neg_grad_plus"]
@@ -68,36 +68,38 @@ def shipped(name: str) -> dict[str, Any]:
 
 
 RATE = "model.optimizer.lr"
-COMPARISONS = ("digits", "digits_class", "digits_requests")
+FOUND = [path for path in sorted(SHIPPED.rglob("tuned/*.yaml")) if "# Written by: search" in path.read_text()]
 
 
-@pytest.mark.parametrize("name", [*FORGETTING, "finetune"])
-def test_the_rate_lies_within_the_grid_it_was_chosen_from(name: str) -> None:
-    rows = [Row(**row) for row in shipped("compare/pilot")["rows"].values() if isinstance(row, dict)]
-    (grid,) = (row.grid[RATE] for row in rows if row.files[0] == f"method/{name}" and not row.options)
-    assert grid == sorted(grid)
-    assert shipped(f"digits/tuned/{name}")[RATE] in grid[1:-1]
+@pytest.mark.parametrize("path", FOUND, ids=lambda path: str(path.relative_to(SHIPPED)))
+def test_what_was_found_is_of_the_space_and_of_other_seeds_than_those_of_comparisons(path: Path) -> None:
+    text = path.read_text()
+    assert yaml.safe_load(text).keys() == shipped(f"method/{path.stem}")["search"].keys()
+    pilot = re.search(r"--seeds ([\d ]+)", text)
+    assert pilot is not None
+    task = path.relative_to(SHIPPED).parts[0]
+    comparisons = [yaml.safe_load(file.read_text()) for file in SHIPPED.glob("compare/*.yaml")]
+    others = [content["seeds"] for content in comparisons if task in str(content.get("task", task))]
+    assert not {*map(int, pilot[1].split())} & {seed for seeds in others for seed in seeds}
 
 
-def test_the_pilot_tries_each_rate_on_each_request() -> None:
-    pilot = shipped("compare/pilot")
-    others = [shipped(f"compare/{name}")["seeds"] for name in COMPARISONS]
-    assert not {*pilot["seeds"]} & {seed for seeds in others for seed in seeds}
-    sources = {name: Row(**row) if isinstance(row, dict) else row for name, row in pilot["rows"].items()}
-    rows, _, _ = all_rows(sources, "Retrain", pilot["noise_floor"], {})
-    rates = {name: row.options[RATE] for name, row in rows.items() if RATE in row.options}
-    assert all(float(name.split()[-1]) == rate for name, rate in rates.items())
-    assert {name.rpartition(" ")[0] for name in rates} >= {"FT", "GA", "RL", "SalUn", "NegGrad+"}
-    plan = Plan(Path("out"), {}, task=[ConfigFile(pilot["task"])])
-    cases = {name: Row(**case) if isinstance(case, dict) else Row(ConfigFile(case)) for name, case in pilot["cases"].items()}
-    for row in cases.values():
-        row.config = [ConfigFile(file) for file in row.files]
-    for name in ("original", "SalUn 0.01", "SalUn forget first 0.01"):
-        rows[name] = replace(rows[name], config=[ConfigFile(file) for file in rows[name].files])
-    plan.add({name: rows[name] for name in ("original", "SalUn 0.01", "SalUn forget first 0.01")}, [100], cases)
-    requests = [ForgetIndices, ForgetRandom, ForgetClasses, type(None)]
-    for cell, request in zip(plan.cells[4:], requests * 2, strict=True):
+def test_each_request_of_the_digits_is_searched_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    searched: list[MethodSearch] = []
+
+    def noted(searches: list[MethodSearch]) -> None:
+        searched.extend(searches)
+        raise KeyboardInterrupt  # nothing is to be run
+
+    monkeypatch.setattr(command, "_train_first", lambda *_: None)
+    monkeypatch.setattr(command, "_run_all", noted)
+    with pytest.raises(KeyboardInterrupt):
+        main(["search", "-c", "compare/digits_requests", "--methods", "salun", "--seeds", "100", f"--out={tmp_path}"])
+    requests = {"tuned": ForgetIndices, "random_tenth": ForgetRandom, "one_class": ForgetClasses, "wrong_labels": type(None)}
+    assert len(searched) == len(requests)
+    for one, (folder, request) in zip(searched, requests.items(), strict=True):
+        assert folder in {one.file.parent.name, one.file.parent.parent.name}
+        (cell,) = one.cells({RATE: 0.02}, tmp_path)
         cli = UnlearningCLI(args=list(cell.arguments), run=False)
         assert isinstance(cli.datamodule.forget, request)
-        assert cli.model.configure_optimizers().param_groups[0]["lr"] == 0.01
-        assert cli.model.order == ("sequential" if "first" in cell.row else "mixed")
+        assert cli.model.configure_optimizers().param_groups[0]["lr"] == 0.02
+        assert cli.config.seed_everything == 100

@@ -22,6 +22,7 @@ from salun_lightning.configurations import find, located
 from salun_lightning.lightning_cli import UnlearningCLI
 from salun_lightning.methods import GROUP, Method
 from salun_lightning.networks.loading import read_checkpoint
+from salun_lightning.search import command as search_command
 
 ROOT = Path(__file__).parents[1]
 PAGES = {
@@ -257,7 +258,14 @@ def test_every_command_is_understood(folder: Path, monkeypatch: pytest.MonkeyPat
     others = [words for words in commands() if words[0] in {"configs", "init"}]  # init: see test_recipes
     assert sorted(words[0] for words in others) == ["configs", "init"]
     assert len(compared) >= 6
-    assert len(parsed) + len(compared) + len(others) == len(commands())
+    searched = [words for words in commands() if words[0] == "search"]
+    assert len(parsed) + len(compared) + len(others) + len(searched) == len(commands())
+    for words in searched:
+        monkeypatch.setattr(search_command, "search", lambda **options: options)
+        options = main(words)
+        assert options["config"]
+        assert all(find(name, "compare") for name in options["config"])
+        assert all(find(name, "method") for name in options["methods"])
     for words in compared:
         named = {word.removeprefix("--").partition("=")[0] for word in words if word.startswith("--")}
         assert named <= compare.__annotations__.keys() | {"config"}

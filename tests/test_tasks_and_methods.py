@@ -220,8 +220,9 @@ def test_what_lies_beside_a_task_runs(name: str, place: Path, tmp_path: Path) ->
 
 @pytest.mark.parametrize("name", TUNED)
 def test_what_was_tuned_fits_its_method(name: str, place: Path) -> None:
-    task, _, method = name.split("/")
-    cli = UnlearningCLI([*configured(task, f"method/{method}", name), *small(task, place)], run=False)
+    request, _, method = name.partition("/tuned/")
+    task = request.partition("/")[0]
+    cli = UnlearningCLI([*configured(task, request, f"method/{method}", name), *small(task, place)], run=False)
     assert type(cli.model.method).__name__ in TEXTS[f"method/{method}"]
     rate = yaml.safe_load(TEXTS[name]).get("model.optimizer.lr")
     assert rate in (None, cli.model.configure_optimizers().param_groups[0]["lr"])

@@ -26,7 +26,7 @@ def search(
     seeds: int | list[int] | None = None,
     cases: str | list[str] | None = None,
     out: Path | None = None,
-    threads: int = 1,
+    threads: int | None = None,
     arguments: list[str] | None = None,
 ) -> list[dict[str, Any]]:
     """Look for the options with which methods come closest to a retrained model, on seeds that comparisons leave out.
@@ -48,7 +48,7 @@ def search(
         cases: Of a comparison, the cases that are searched for; by default all. Those without files of their own share the
             values that are found.
         out: Where journal and models lie; by default ``runs/search/`` and the names of the configurations.
-        threads: The number of threads each model computes with.
+        threads: The number of threads each model computes with; by default those of the comparison, or 1.
         arguments: Further arguments of ``fit``; on the command line, all that follows ``--``.
 
     Returns:
@@ -65,7 +65,7 @@ def search(
         if not values or len(set(values)) < len(values):
             raise ValueError(f"'{name}' is {values}. Name at least one, and each only once.")
     for name, number in {"trials": trials, "threads": threads}.items():
-        if number < 1:
+        if number is not None and number < 1:
             raise ValueError(f"'{name}' is {number}. Give at least 1.")
     files = [_found(name, "compare") for name in given["config"]]
     found = {file.stem: file for file in (_found(name, "method") for name in given["methods"])}
@@ -78,7 +78,7 @@ def search(
     plan.add_first({name: row_of(model) for name, model in comparison["first"].items()})
     plan.add({name: row for name, row in rows.items() if name in {"original", reference}}, given["seeds"], sources)
     command = " ".join(["search", *(word for name in given["config"] for word in ("-c", name))])
-    pilot = Pilot(plan, given["seeds"], reference, comparison["metrics"], threads, trials, command)
+    pilot = Pilot(plan, given["seeds"], reference, comparison["metrics"], threads or comparison["threads"], trials, command)
     requests = _requests(plan, sources)
     searches = [MethodSearch(name, rows[name], found[name], request, pilot, journal) for name in found for request in requests]
     plan.reader.save()
@@ -124,7 +124,15 @@ def _comparison(files: list[Path], out: Path) -> dict[str, Any]:
                     f"There is no '{missing}', which tells how that model is trained. Write it, or give a comparison."
                 )
             found["rows"][row] = ConfigFile(str(file))
-    defaults = {"options": {}, "arguments": [], "task": [], "first": {}, "cases": {"": Row()}, "metrics": list(METRICS)}
+    defaults = {
+        "options": {},
+        "arguments": [],
+        "task": [],
+        "first": {},
+        "cases": {"": Row()},
+        "metrics": list(METRICS),
+        "threads": 1,
+    }
     return {"reference": "Retrain", **found, **{name: found.get(name) or value for name, value in defaults.items()}}
 
 
@@ -205,6 +213,6 @@ def search_command(args: list[str]) -> list[dict[str, Any]]:
     parser.add_argument("--seeds", nargs="+", type=int, default=[100, 101], help="The pilot seeds.")
     parser.add_argument("--cases", nargs="+", type=str, default=None, help="Cases of the comparison; by default all.")
     parser.add_argument("--out", type=Path, default=None, help="Where journal and models lie; default: runs/search/NAME.")
-    parser.add_argument("--threads", type=int, default=1, help="The number of threads each model computes with.")
+    parser.add_argument("--threads", type=int, help="The number of threads each model computes with.")
     own, further = (args[: args.index("--")], args[args.index("--") + 1 :]) if "--" in args else (args, [])
     return search(**parser.parse_args(own).as_dict(), arguments=further)

@@ -1,7 +1,7 @@
 """The search for the best settings of one method."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,7 +92,7 @@ class MethodSearch:
         self.result: dict[str, Any] | None = None
         found = (yaml.safe_load(file.read_text(encoding="utf-8")) or {}).get("search")
         place = pilot.plan.out / "trials" / f"{slug(request.file.stem)}-{slug(method)}"
-        cells = self._cells({}, place)
+        cells = self.cells({}, place)
         values = {name.replace(".init_args", ""): value for name, value in cells[0].settings.items()}
         try:
             space = read_space(found, values)
@@ -104,7 +104,13 @@ class MethodSearch:
         defaults = {option: values[option] for option in space}
         self.trials = Trials(journal, name, space, defaults, pilot.trials, place)
 
-    def _cells(self, options: dict[str, Any], folder: Path) -> list[Cell]:
+    def cells(self, options: Mapping[str, Any], folder: Path) -> list[Cell]:
+        """The cells of a trial.
+
+        Args:
+            options: The settings that are tried.
+            folder: Where the cells lie.
+        """
         row = replace(self.row, options={**self.row.options, **options})
         return [
             self.pilot.plan.cell(self.method, row, seed, case, source, folder)
@@ -122,7 +128,7 @@ class MethodSearch:
         figures: list[dict[str, Any]] = []
         error, best, cells = None, self.trials.best, []
         try:
-            cells = self._cells(claimed.options, claimed.folder)
+            cells = self.cells(claimed.options, claimed.folder)
             for cell in cells:
                 schedule = Schedule([cell], self.pilot.threads, lambda *_: None)
                 schedule.run()
@@ -172,11 +178,10 @@ class MethodSearch:
             return
         default = trials.default_gap
         options = best.user_attrs["options"]
-        # written like the options of a run, and by every process the same
         seeds = " ".join(map(str, self.pilot.seeds))
         cases = "".join(f" '{case}'" for case in self.request.cases if case)
-        lines = [
-            f"# Smallest avg. gap of {trials.budget} trials on the pilot seeds {', '.join(map(str, self.pilot.seeds))}:"
+        lines = [  # the same, whichever process writes them
+            f"# Smallest avg. gap of {trials.budget} trials, seed{'s' * (' ' in seeds)} {seeds.replace(' ', ', ')}:"
             f" {best.value:.2f}" + ("" if default is None else f"; default settings: {default:.2f}"),
             f"{_WRITTEN}{self.pilot.command} --methods {self.method} --trials {self.pilot.trials} --seeds {seeds}"
             + (f" --cases{cases}" if cases else ""),
