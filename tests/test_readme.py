@@ -23,6 +23,8 @@ from salun_lightning.lightning_cli import UnlearningCLI
 from salun_lightning.methods import GROUP, Method
 from salun_lightning.networks.loading import read_checkpoint
 from salun_lightning.search import command as search_command
+from tests.modules.small_runs import same, weights
+from tests.modules.test_unlearn import Dictionaries, Theirs
 
 ROOT = Path(__file__).parents[1]
 PAGES = {
@@ -135,11 +137,21 @@ def test_every_method_of_the_table_is_there() -> None:
 @pytest.mark.filterwarnings("ignore:.*`train_dataloader` yielded None")
 def test_reuse_in_another_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
-    code = block("python", "SaliencyMasking")
+    code = block("python", "import SaliencyMasking")
     exec(compile(code, "README.md", "exec"), {})
     assert "SaliencyMask(33 of 66 weights in 2 tensors may move)\n0.0\n" in capsys.readouterr().out
     assert SaliencyMask.load("mask.safetensors").num_kept == 33
     assert len([line for line in code.splitlines() if line]) <= 12
+
+
+@pytest.mark.filterwarnings("ignore:Starting from v1.9.0", "ignore:Total length of `(CombinedLoader|DataLoader)`")
+def test_unlearning_in_another_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"task": Theirs(), "train": Dictionaries(), "test": Dictionaries()}
+    exec(compile(block("python", "Unlearn("), "own_method.md", "exec"), names)
+    assert names["trainer"].current_epoch == 2
+    assert names["task"].seen[0].keys() == {"image", "label"}
+    assert not same(weights(names["task"].network), weights(Theirs().network))
 
 
 def test_own_methods(folder: Path) -> None:
@@ -190,7 +202,7 @@ def test_every_block_is_tried_by_a_test() -> None:
     tried = {
         "python": (
             *("import SaliencyMasking", "def forget_loss", "export_state_dict", "class Forgetful", "class AscentStep"),
-            *("CappedAscent", "Predictions.load"),
+            *("CappedAscent", "Predictions.load", "Unlearn("),
         ),
         "yaml": ("my_module.Forgetful", "data.forget: {", "data.wrong_labels", "CappedAscent"),
         "toml": ("entry-points",),

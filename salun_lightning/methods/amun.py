@@ -58,7 +58,7 @@ class AMUN(Method):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module, strategy = cast("ImageClassifier", pl_module), trainer.strategy
-        predict, own = partial(module._logits, module.reference), slice(trainer.global_rank, None, trainer.world_size)
+        predict, own = partial(module.logits_by, module.reference), slice(trainer.global_rank, None, trainer.world_size)
         parts, kept = [], 0
         for batch in module.datamodule.set_dataloader("forget"):
             samples = strategy.batch_to_device(strategy.precision_plugin.convert_input(batch))

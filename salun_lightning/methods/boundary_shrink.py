@@ -56,7 +56,7 @@ class BoundaryShrink(Method):
             module: The classifier, with its original network.
             samples: Samples with their true classes.
         """
-        moved = fgsm(partial(module._logits, module.reference), samples.inputs, samples.targets, self.step)
+        moved = fgsm(partial(module.logits_by, module.reference), samples.inputs, samples.targets, self.step)
         logits = module.logits(moved, original=True)
         if not self.allow_true:
             logits = logits.scatter(1, samples.targets[:, None], -math.inf)
