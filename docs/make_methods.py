@@ -47,7 +47,9 @@ This page is made from the methods themselves, by `python docs/make_methods.py`.
 - **lines**: of code in its file.
 """
 COLUMNS = ("method", "published", "for", "data", "original", "once", "per epoch", "lines")
-_CITED = re.compile(r"[A-Z][\w'-]+(?: et al\.|(?:, [A-Z][\w'-]+)* and [A-Z][\w'-]+), [A-Za-z][^();]*?\b(?:\d{4}\.\d{5}|\d{4})\b")
+_CITED = re.compile(
+    r"[A-Z][\w'-]+(?: et al\.|(?:, [A-Z][\w'-]+)* and [A-Z][\w'-]+), [A-Za-z][^();]*?\b(?:\d{4}\.\d{5}|\d{4})\b"
+)
 _COUNT, _FORGOTTEN, _CLASSES = 200, 0, 10
 
 
