@@ -125,13 +125,11 @@ def test_every_file_that_is_named_exists() -> None:
     assert [name for name in sorted(found - own) if not (find(name) or find(name, "compare"))] == []
 
 
-def test_every_method_of_the_table_is_there() -> None:
-    rows = re.findall(r"^\| [^|]*`(\w+)`[^|]*\|.*\[file\]\((\S+)\) \|$", PAGES["README.md"], flags=re.MULTILINE)
-    assert len(rows) >= 7
-    for name, path in rows:
-        method = getattr(salun_lightning.methods, name)
-        assert issubclass(method, Method)
-        assert ROOT / path == Path(str(sys.modules[method.__module__].__file__))
+def test_the_methods_that_the_readme_names_are_there() -> None:
+    (section,) = re.findall(r"^## Methods\n(.*?)^## ", PAGES["README.md"], flags=re.DOTALL | re.MULTILINE)
+    named = re.findall(r"`(\w+)`", section)
+    assert len(named) >= 4
+    assert all(issubclass(getattr(salun_lightning.methods, name), Method) for name in named)
 
 
 @pytest.mark.filterwarnings("ignore:.*`train_dataloader` yielded None")

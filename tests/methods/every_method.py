@@ -3,6 +3,7 @@
 import json
 import os
 import traceback
+from collections import OrderedDict
 from collections.abc import Callable
 from copy import deepcopy
 from functools import cache, partial
@@ -42,9 +43,9 @@ CONFIGURED = _configured()
 
 def _plain() -> nn.Module:
     """Without BatchNorm, whose statistics are those of one process."""
-    return nn.Sequential(
-        nn.Conv2d(3, 6, 3, padding=1), nn.Tanh(), nn.AvgPool2d(4), nn.Flatten(), nn.Linear(24, 8), nn.ReLU(), nn.Linear(8, 3)
-    )
+    layers = {"conv": nn.Conv2d(3, 6, 3, padding=1), "tanh": nn.Tanh(), "pool": nn.AvgPool2d(4), "flat": nn.Flatten()}
+    layers |= {"hidden": nn.Linear(24, 8), "relu": nn.ReLU(), "head": nn.Linear(8, CLASSES)}
+    return nn.Sequential(OrderedDict(layers))
 
 
 def _swin() -> nn.Module:
@@ -93,14 +94,15 @@ def _parser() -> ArgumentParser:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--model.method", type=Method)
     parser.add_argument("--model.optimizer", type=OptimizerCallable, default=partial(torch.optim.SGD, lr=0.01, momentum=0.9))
+    parser.add_argument("--model.trainable", type=str | None, default=None)
     return parser
 
 
 def module_of(name: str, network: str = "plain") -> ImageClassifier:
-    """A module with the method and the optimizer of a configuration, and with an original network."""
-    content = {key: value for key, value in CONFIGURED[name].items() if key in ("model.method", "model.optimizer")}
+    """A module as a configuration has it, with an original network."""
+    content = {key: value for key, value in CONFIGURED[name].items() if key.startswith("model.")}
     made = _parser().instantiate(_parser().parse_object(content)).model
-    return ImageClassifier(deepcopy(original(network)), method=made.method, optimizer=made.optimizer)
+    return ImageClassifier(deepcopy(original(network)), **vars(made))
 
 
 def run(
@@ -124,14 +126,14 @@ def exact(name: str, folder: Path, **settings: Any) -> dict[str, Tensor]:
     return parameters(run(name, folder, precision="64-true", **settings)[0].network)
 
 
-def on_each_process(rank: int, folder: Path, port: int) -> None:
-    """One process of two: every method in turn, each with its weights, or with what went wrong, in a file."""
+def on_each_process(rank: int, folder: Path, port: int, names: list[str]) -> None:
+    """One process of two: methods in turn, each with its weights, or with what went wrong, in a file."""
     os.environ.update(
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2", NODE_RANK="0", LOCAL_RANK=str(rank), RANK=str(rank)
     )
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
-    for name in CONFIGURED:
+    for name in names:
         try:
             found: Any = exact(name, folder, devices=2, strategy="ddp")
         except Exception:
