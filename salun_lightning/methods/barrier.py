@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from salun_lightning.data import Samples, run_seed
-from salun_lightning.guard import Guard, Layer, can_be_held, vectors
 from salun_lightning.methods.base import Method
 from salun_lightning.methods.random_label import RandomLabel
+from salun_lightning.networks.guard import Guard, Layer, can_be_held, vectors
 from salun_lightning.saliency.rehearsal import undisturbed
 from salun_lightning.weights import weights_of
 

@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from salun_lightning.data import Order, Samples, run_seed
 from salun_lightning.methods.base import Kind, Method, part
+from salun_lightning.networks.head import head_of
 
 if TYPE_CHECKING:
     from salun_lightning.modules.base import UnlearningModule
@@ -44,7 +45,7 @@ class BoundaryExpanding(Method):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # before optimizers are restored
-        head = _last_linear(cast("UnlearningModule", pl_module))
+        head = head_of(cast("UnlearningModule", pl_module).network)[1]
         with isolate_rng():
             torch.manual_seed(run_seed())
             extra = nn.Linear(head.in_features, 1, bias=head.bias is not None)
@@ -58,7 +59,7 @@ class BoundaryExpanding(Method):
 
     @override
     def loss(self, module: "UnlearningModule", batch: Mapping[str, Samples]) -> Tensor:
-        forget, head, caught = part(batch, "forget", self), _last_linear(module), list[Tensor]()
+        forget, head, caught = part(batch, "forget", self), head_of(module.network)[1], list[Tensor]()
         hook = head.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
         try:
             logits = cast("ImageClassifier", module).logits(forget.inputs)
@@ -89,10 +90,3 @@ _NO_HEAD = (
     "BoundaryExpanding adds a class to the linear layer that the logits come out of, but the last linear layer of this network"
     " does not give its logits. Choose another method, such as BoundaryShrink."
 )
-
-
-def _last_linear(module: "UnlearningModule") -> nn.Linear:
-    layers = [layer for layer in module.network.modules() if isinstance(layer, nn.Linear)]
-    if not layers:
-        raise ValueError(_NO_HEAD)
-    return layers[-1]
