@@ -8,6 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from salun_lightning.data import Order, Samples, run_seed
@@ -37,6 +38,8 @@ class BoundaryExpanding(Method):
     def __init__(self) -> None:
         self._extra: nn.Linear | None = None
         self._restored: dict[str, Any] = {}
+        self._features: Tensor | None = None  # what the last linear layer was given
+        self._hook: RemovableHandle | None = None
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -51,6 +54,17 @@ class BoundaryExpanding(Method):
             extra = nn.Linear(head.in_features, 1, bias=head.bias is not None)
         self._extra = extra.to(pl_module.device, head.weight.dtype)
         trainer.optimizers[0].param_groups[0]["params"].extend(self._extra.parameters())
+        self._hook = head.register_forward_pre_hook(self._catch)  # once: a compiled network would be compiled anew each time
+
+    def _catch(self, head: nn.Module, inputs: tuple[Tensor]) -> None:
+        self._features = inputs[0]
+
+    def _release(self, *_: Any, **__: Any) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+        self._hook = self._features = None
+
+    on_train_end = on_exception = _release
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -59,16 +73,12 @@ class BoundaryExpanding(Method):
 
     @override
     def loss(self, module: "UnlearningModule", batch: Mapping[str, Samples]) -> Tensor:
-        forget, head, caught = part(batch, "forget", self), head_of(module.network)[1], list[Tensor]()
-        hook = head.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
-        try:
-            logits = cast("ImageClassifier", module).logits(forget.inputs)
-        finally:
-            hook.remove()
-        if len(caught) != 1 or caught[0].ndim != 2 or logits.shape[1] != head.out_features:
+        forget, self._features = part(batch, "forget", self), None
+        logits, features = cast("ImageClassifier", module).logits(forget.inputs), self._features
+        if features is None or features.ndim != 2 or logits.shape[1] != head_of(module.network)[1].out_features:
             raise ValueError(_NO_HEAD)
         assert self._extra is not None
-        wider = torch.cat([logits, self._extra(caught[0])], dim=1)
+        wider = torch.cat([logits, self._extra(features)], dim=1)
         return functional.cross_entropy(wider, torch.full_like(forget.targets, logits.shape[1]))
 
     @override

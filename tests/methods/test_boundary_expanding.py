@@ -86,3 +86,24 @@ def test_a_network_whose_logits_do_not_come_out_of_a_linear_layer_is_refused(net
     module = ImageClassifier(net, method=BoundaryExpanding())
     with pytest.raises(ValueError, match=r"linear layer.*\. Choose a(nother)? method"):
         trainer(tmp_path, max_epochs=1).fit(module, datamodule=data())
+
+
+def test_a_compiled_network_is_compiled_once_and_left_as_it_was(tmp_path: Path) -> None:
+    compiled: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    def run(net: nn.Module) -> dict[str, Tensor]:
+        module = ImageClassifier(net, method=BoundaryExpanding())
+        trainer(tmp_path, max_epochs=2).fit(module, datamodule=data(batch_size=6))
+        return weights(net)
+
+    net = network()
+    run(torch.compile(net, backend=backend))
+    expected = network()
+    run(expected)
+    assert same(weights(net), weights(expected))
+    assert 0 < len(compiled) < 4  # of four steps
+    assert not net[-1]._forward_pre_hooks
