@@ -32,7 +32,8 @@ COMPARISONS = [name for name in NAMES if name.startswith("compare/") or name.end
 BESIDE = [name for name in NAMES if name.partition("/")[0] in TASKS and name not in {*TASKS, *TUNED, *COMPARISONS}]
 FOR_DIFFUSION = {name for name in METHODS if "diffusion" in TEXTS[name].splitlines()[0].lower()}
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.accelerator=cpu"]
-NETWORK = {"class_path": "SmallResNet", "init_args": {"num_classes": 10, "in_channels": 3, "width": 4, "stages": 1}}
+NETWORK = {"class_path": "SmallResNet", "init_args": {"num_classes": 10, "in_channels": 3, "width": 16, "stages": 1}}
+WHOLE = ["--data.forget={class_path: ForgetClasses, init_args: {names: [0]}}"]  # for methods for whole classes
 SMALLER = {  # of methods that are slow by themselves
     "ESD": ["--model.method.steps=2"],
     "SelectiveAmnesia": ["--model.method.images=2", "--model.method.timesteps=2"],
@@ -130,6 +131,7 @@ def test_each_method_runs_on_each_task_that_it_fits(
     """What a method's file calls a method for diffusion is refused in one sentence by a classifier."""
     options = [*small(task, place), f"--model.original={originals[task]}", f"--trainer.default_root_dir={tmp_path}"]
     options += [word for name, words in SMALLER.items() if name in TEXTS[method] for word in words]
+    options += WHOLE if "whole classes" in TEXTS[method].splitlines()[0] else []
     command = ["fit", *configured(task, method), *options, "--trainer.fast_dev_run=1"]
     if method in FOR_DIFFUSION and not draws(task):
         with pytest.raises((ValueError, ArgumentError)) as refused:

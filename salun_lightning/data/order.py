@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -29,8 +29,11 @@ def published_order(trainer: Any) -> Order:
     In a module of another project, a callback holds the method.
     """
     holders = [] if trainer is None else [trainer.lightning_module, *trainer.callbacks]
-    orders = [getattr(holder, "order", None) for holder in holders]  # which may mean something else
-    return next((order for order in orders if isinstance(order, str) and order in get_args(Order)), "paired")
+    for holder in holders:
+        order: Any = getattr(holder, "order", None)
+        if isinstance(order, str) and order in get_args(Order):  # it may mean something else
+            return cast("Order", order)
+    return "paired"
 
 
 class TrainingOrder(DistributedSampler[Any]):

@@ -112,7 +112,7 @@ class ForeignClassifier(ImageClassifier):
     def on_fit_start(self) -> None:
         if self._reference is not None:
             self.trainer.strategy.precision_plugin.convert_module(self._reference)
-        self.to(self.network.device)  # type: ignore[arg-type]
+        self.to(self.network.device)
         super().on_fit_start()
 
 
