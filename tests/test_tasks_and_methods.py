@@ -36,7 +36,7 @@ FOR_DIFFUSION = {name for name in METHODS if "diffusion" in FIRST[name]}
 FOR_CLASSIFIERS = {name for name in METHODS if "classifiers" in FIRST[name]}
 OF_WHOLE_CLASSES = {name for name in METHODS if "whole classes" in FIRST[name]}
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.accelerator=cpu"]
-NETWORK = {"class_path": "SmallResNet", "init_args": {"num_classes": 10, "in_channels": 3, "width": 4, "stages": 1}}
+NETWORK = {"class_path": "SmallResNet", "init_args": {"num_classes": 10, "in_channels": 3, "width": 16, "stages": 1}}
 SMALLER = {  # of methods that are slow by themselves
     "ESD": ["--model.method.steps=2"],
     "SelectiveAmnesia": ["--model.method.images=2", "--model.method.timesteps=2"],

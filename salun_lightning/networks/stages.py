@@ -122,7 +122,7 @@ def given_to(layers: list[nn.Module], network: nn.Module, batches: Iterable[Samp
 def _pooled(layer: nn.Module, inputs: Tensor, count: int) -> Tensor:
     """One vector a sample, (count, input channels). Where tokens come in windows, these are as many times more."""
     vectors = inputs.movedim(1, -1) if isinstance(layer, nn.Conv2d) else inputs
-    return vectors.reshape(count, -1, vectors.shape[-1]).double().mean(1).cpu()
+    return vectors.reshape(count, -1, vectors.shape[-1]).float().mean(1).cpu().double()
 
 
 def _block(name: str) -> str:

@@ -89,7 +89,7 @@ def test_the_sample_for_the_probe_does_not_depend_on_batches(monkeypatch: pytest
     for size in (16, 7):
         trained(tmp_path, DAMP(layers="^6$"), data=data(batch_size=size))
     for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other)
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
     assert [len(rows) for rows in found[0]] == [4, 5]  # every third of 12, every eighth of 36
 
 

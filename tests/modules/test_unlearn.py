@@ -209,6 +209,16 @@ def test_what_was_forgotten_is_measured_by_our_module(tmp_path: Path) -> None:
     assert {"UA", "RA", "TA", "MIA"} <= tester.callback_metrics.keys()
 
 
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true", "bf16-mixed"])
+@pytest.mark.parametrize(("method", "run"), [(Looks(), {"max_epochs": 1}), (DAMP(), ONE_STEP)], ids=["trained", "edited"])
+@pytest.mark.filterwarnings("ignore:Something other than an optimizer wrote")
+def test_the_original_follows_the_precision(precision: str, method: Method, run: Any, tmp_path: Path) -> None:
+    theirs = fit(tmp_path, method, SaliencyMasking(0.5), precision=precision, **run)
+    kinds = {weight.dtype for weight in theirs.parameters()}
+    assert kinds == {{"bf16-true": torch.bfloat16, "64-true": torch.float64}.get(precision, torch.float32)}
+    assert not same(weights(theirs.float()), weights(Theirs()))
+
+
 class Manual(Theirs):
     def __init__(self) -> None:
         super().__init__()
