@@ -107,11 +107,12 @@ def configured(*names: str) -> list[str]:
     return [f"--config={name}" for name in names]
 
 
-def at_once(options: list[str], path: Path) -> str:
+def at_once(options: list[str], path: Path) -> list[str]:
     """The same options as a configuration: the parser takes each option of a command by itself, which is slow."""
     content = {name.removeprefix("--"): yaml.safe_load(value) for name, _, value in (word.partition("=") for word in options)}
+    another = content.pop("data", None)  # class: beside dotted keys, a file cannot say it
     path.write_text(yaml.safe_dump(content))
-    return f"--config={path}"
+    return [f"--config={path}", *([] if another is None else [f"--data={another}"])]
 
 
 def fits(method: str, task: str) -> bool:
@@ -166,15 +167,11 @@ def originals(place: Path) -> dict[str, Path]:
     """An original model of each task, hardly trained."""
     folders = {task: place / task for task in TASKS}
     for task, folder in folders.items():
+        folder.mkdir()
+        quick = [*small(task, place), *few(task), "--trainer.max_steps=1", "--trainer.limit_val_batches=0"]
+        quick += ["--model.original=null", f"--trainer.default_root_dir={folder}"]
         beside = configured(task, *[name for name in BESIDE if name == f"{task}/original"])
-        quick = [
-            *small(task, place),
-            *few(task),
-            "--trainer.max_steps=1",
-            "--trainer.limit_val_batches=0",
-            "--model.original=null",
-        ]
-        main(["fit", *beside, *quick, f"--trainer.default_root_dir={folder}"])
+        main(["fit", *beside, *at_once(quick, folder / "small.yaml")])
     return {task: folder / "checkpoints" / "last.ckpt" for task, folder in folders.items()}
 
 
@@ -195,7 +192,7 @@ def test_each_method_runs_on_each_task_that_it_fits(
     whole = {"class_path": "ForgetClasses", "init_args": {"names": [0]}} if method in OF_WHOLE_CLASSES else None
     options = [*small(task, place), *few(task, whole), f"--model.original={originals[task]}"]
     options += [f"--trainer.default_root_dir={tmp_path}", "--trainer.fast_dev_run=1"]
-    command = ["fit", *configured(task, method), at_once(options, tmp_path / "small.yaml")]
+    command = ["fit", *configured(task, method), *at_once(options, tmp_path / "small.yaml")]
     command += [word for name, words in SMALLER.items() if name in TEXTS[method] for word in words]
     if not fits(method, task):
         with pytest.raises((ValueError, ArgumentError)) as refused:
