@@ -78,7 +78,16 @@ def search(
     plan.add_first({name: row_of(model) for name, model in comparison["first"].items()})
     plan.add({name: row for name, row in rows.items() if name in {"original", reference}}, given["seeds"], sources)
     command = " ".join(["search", *(word for name in given["config"] for word in ("-c", name))])
-    pilot = Pilot(plan, given["seeds"], reference, comparison["metrics"], threads or comparison["threads"], trials, command)
+    pilot = Pilot(
+        plan,
+        given["seeds"],
+        reference,
+        comparison["metrics"],
+        threads or comparison["threads"],
+        trials,
+        command,
+        arguments or [],
+    )
     requests = _requests(plan, sources)
     searches = [MethodSearch(name, rows[name], found[name], request, pilot, journal) for name in found for request in requests]
     plan.reader.save()

@@ -1,6 +1,7 @@
 """The search for the best settings of one method."""
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -54,6 +55,7 @@ class Pilot:
         threads: The number of threads each model computes with.
         trials: The budget of each method.
         command: The command, without the method.
+        further: What follows ``--`` in it.
     """
 
     plan: Plan
@@ -63,6 +65,7 @@ class Pilot:
     threads: int
     trials: int
     command: str
+    further: Sequence[str]
     wanted: dict[tuple[int, str], dict[str, float]] = field(default_factory=dict)
     """The metrics of the retrained models."""
 
@@ -181,10 +184,11 @@ class MethodSearch:
         seeds = " ".join(map(str, self.pilot.seeds))
         cases = "".join(f" '{case}'" for case in self.request.cases if case)
         lines = [  # the same, whichever process writes them
-            f"# Smallest avg. gap of {trials.budget} trials, seed{'s' * (' ' in seeds)} {seeds.replace(' ', ', ')}:"
+            f"# Smallest avg. gap of {trials.budget} trials, pilot seed{'s' * (' ' in seeds)} {seeds.replace(' ', ', ')}:"
             f" {best.value:.2f}" + ("" if default is None else f"; default settings: {default:.2f}"),
             f"{_WRITTEN}{self.pilot.command} --methods {self.method} --trials {self.pilot.trials} --seeds {seeds}"
-            + (f" --cases{cases}" if cases else ""),
+            + (f" --cases{cases}" if cases else "")
+            + (f" -- {shlex.join(self.pilot.further)}" if self.pilot.further else ""),
         ]
         if size(trials.space) <= self.pilot.trials:
             lines.append("# These are all settings of its search space.")

@@ -36,7 +36,6 @@ def open_journal(path: Path) -> "optuna.storages.BaseStorage":
     """
     try:
         import optuna
-        from optuna.storages import JournalStorage
         from optuna.storages.journal import JournalFileBackend
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("'search' needs Optuna. Install it: pip install 'salun_lightning[search]'.") from error
@@ -45,7 +44,7 @@ def open_journal(path: Path) -> "optuna.storages.BaseStorage":
     lock = FileLock(f"{path}.lock")
     with lock:
         _mend(path)
-    return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))  # type: ignore[arg-type]  # it has what is called
+    return optuna.storages.JournalStorage(JournalFileBackend(str(path), lock_obj=lock))  # type: ignore[arg-type]  # it has what is called
 
 
 def _mend(path: Path) -> None:
@@ -226,8 +225,6 @@ class Trials:
 
     def _drop_dead(self) -> None:
         """Mark the trials whose process is no more."""
-        from optuna.trial import TrialState
-
         for trial in self._all():
             if trial.state.name != "RUNNING":
                 continue
@@ -237,7 +234,7 @@ class Trials:
                 except Timeout:
                     continue
                 held.lock.release()
-            self.study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+            self._void(trial.number)
 
     def _next(self, counted: "list[FrozenTrial]") -> "tuple[Trial, dict[str, Any]]":
         """A new trial, and the settings it is to try."""
@@ -276,7 +273,7 @@ class Trials:
             self._void(trial)  # a process was killed before it took what it had put there
         return trial
 
-    def _void(self, trial: "Trial") -> None:
+    def _void(self, trial: "Trial | int") -> None:
         from optuna.trial import TrialState
 
         self.study.tell(trial, state=TrialState.FAIL)

@@ -68,7 +68,7 @@ def test_what_is_found_is_written_and_taken_by_comparisons(folder: Path, capsys:
     assert [str(Path(one["file"]).relative_to(folder)) for one in found if Path(one["file"]).is_absolute()] == files[::2]
     for one, file in zip(found, files, strict=True):
         text = (folder / file).read_text()
-        assert text.startswith(f"# Smallest avg. gap of 2 trials, seed 100: {one['gap']:.2f}; default settings: ")
+        assert text.startswith(f"# Smallest avg. gap of 2 trials, pilot seed 100: {one['gap']:.2f}; default settings: ")
         assert yaml.safe_load(text) == one["options"]
         assert one["gap"] <= one["default"]
         assert ("These are all settings" in text) == (one["method"] == "ascent")
