@@ -9,6 +9,7 @@ import sys
 import tempfile
 import tokenize
 import warnings
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -60,8 +61,14 @@ class Shipped:
     name: str
     content: dict[str, Any]
     comment: str
-    method: Method
-    optimizer: Any
+    arguments: dict[str, Any]
+    """What the module is made with, the method among them."""
+
+    @property
+    def method(self) -> Method:
+        """How it forgets."""
+        method: Method = self.arguments["method"]
+        return method
 
     @property
     def kind(self) -> type[Method]:
@@ -78,7 +85,8 @@ class Shipped:
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--model.method", type=Method)
-    parser.add_argument("--model.optimizer", type=OptimizerCallable | None, default=None)
+    parser.add_argument("--model.optimizer", type=OptimizerCallable, default=torch.optim.SGD)
+    parser.add_argument("--model.trainable", type=str | None, default=None)
     return parser
 
 
@@ -88,9 +96,9 @@ def shipped() -> list[Shipped]:
     for path in sorted((SHIPPED / "method").glob("*.yaml")):
         text = path.read_text(encoding="utf-8")
         content = yaml.safe_load(text)
-        chosen = {key: value for key, value in content.items() if key in ("model.method", "model.optimizer")}
+        chosen = {key: value for key, value in content.items() if key.startswith("model.")}
         made = _parser().instantiate(_parser().parse_object(chosen)).model
-        found.append(Shipped(path.stem, content, text.splitlines()[0].removeprefix("# "), made.method, made.optimizer))
+        found.append(Shipped(path.stem, content, text.splitlines()[0].removeprefix("# "), vars(made)))
     return found
 
 
@@ -125,15 +133,14 @@ def _data() -> ForgetRetainDataModule:
 def _module(one: Shipped) -> UnlearningModule:
     """A small model of a kind that the method is for."""
     torch.manual_seed(0)
-    settings = {"method": one.method, **({} if one.optimizer is None else {"optimizer": one.optimizer})}
     if one.method.kind != "diffusion":
-        network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AvgPool2d(3), nn.Flatten(), nn.Linear(16, _CLASSES))
-        return ImageClassifier(network, **settings)
+        layers = {"conv": nn.Conv2d(1, 4, 3), "relu": nn.ReLU(), "pool": nn.AvgPool2d(3), "flat": nn.Flatten()}
+        return ImageClassifier(nn.Sequential(OrderedDict(layers, head=nn.Linear(16, _CLASSES))), **one.arguments)
     blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2, "block_out_channels": (4, 4)}
     unet = UNet2DModel(
         8, 1, 1, layers_per_block=1, norm_num_groups=4, attention_head_dim=4, num_class_embeds=_CLASSES + 1, **blocks
     )
-    return ClassDiffusion(unet, DDPMScheduler(), null_class=_CLASSES, sampling=Sampling(steps=50), **settings)
+    return ClassDiffusion(unet, DDPMScheduler(), null_class=_CLASSES, sampling=Sampling(steps=50), **one.arguments)
 
 
 def measured(one: Shipped) -> tuple[set[str], str, str]:
