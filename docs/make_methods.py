@@ -81,6 +81,9 @@ class Shipped:
         return re.sub(r",? (for )?(classifiers|diffusion)( and whole classes)?$", "", self.comment.partition(":")[0])
 
 
+_KEYS = ("model.method", "model.optimizer", "model.trainable")
+
+
 @cache
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(exit_on_error=False)
@@ -96,7 +99,7 @@ def shipped() -> list[Shipped]:
     for path in sorted((SHIPPED / "method").glob("*.yaml")):
         text = path.read_text(encoding="utf-8")
         content = yaml.safe_load(text)
-        chosen = {key: value for key, value in content.items() if key.startswith("model.")}
+        chosen = {key: value for key, value in content.items() if key in _KEYS}
         made = _parser().instantiate(_parser().parse_object(chosen)).model
         found.append(Shipped(path.stem, content, text.splitlines()[0].removeprefix("# "), vars(made)))
     return found
