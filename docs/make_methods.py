@@ -161,7 +161,7 @@ def measured(one: Shipped) -> tuple[set[str], str, str]:
     before, *ends = watch.counts
     once = f"{before / whole:.1f}" if watch.prepared else f"{before:,} passes"  # whatever the size of the training set
     per_epoch = "" if isinstance(one.method, OneShot) else f"{(ends[-1] - ends[0]) / whole:.1f}"
-    return watch.read, once if before else "", per_epoch
+    return watch.read, "" if once in ("0.0", "0 passes") else once, per_epoch
 
 
 def lines_of(kind: type) -> int:
