@@ -81,6 +81,9 @@ class Shipped:
         return re.sub(r",? (for )?(classifiers|diffusion)( and whole classes)?$", "", self.comment.partition(":")[0])
 
 
+_KEYS = ("model.method", "model.optimizer", "model.trainable")
+
+
 @cache
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(exit_on_error=False)
@@ -96,7 +99,7 @@ def shipped() -> list[Shipped]:
     for path in sorted((SHIPPED / "method").glob("*.yaml")):
         text = path.read_text(encoding="utf-8")
         content = yaml.safe_load(text)
-        chosen = {key: value for key, value in content.items() if key.startswith("model.")}
+        chosen = {key: value for key, value in content.items() if key in _KEYS}
         made = _parser().instantiate(_parser().parse_object(chosen)).model
         found.append(Shipped(path.stem, content, text.splitlines()[0].removeprefix("# "), vars(made)))
     return found
@@ -158,7 +161,7 @@ def measured(one: Shipped) -> tuple[set[str], str, str]:
     before, *ends = watch.counts
     once = f"{before / whole:.1f}" if watch.prepared else f"{before:,} passes"  # whatever the size of the training set
     per_epoch = "" if isinstance(one.method, OneShot) else f"{(ends[-1] - ends[0]) / whole:.1f}"
-    return watch.read, once if before else "", per_epoch
+    return watch.read, "" if once in ("0.0", "0 passes") else once, per_epoch
 
 
 def lines_of(kind: type) -> int:

@@ -89,6 +89,9 @@ def original(network: str = "plain") -> nn.Module:
     return made
 
 
+_KEYS = ("model.method", "model.optimizer", "model.trainable")
+
+
 @cache
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(exit_on_error=False)
@@ -100,7 +103,7 @@ def _parser() -> ArgumentParser:
 
 def module_of(name: str, network: str = "plain") -> ImageClassifier:
     """A module as a configuration has it, with an original network."""
-    content = {key: value for key, value in CONFIGURED[name].items() if key.startswith("model.")}
+    content = {key: value for key, value in CONFIGURED[name].items() if key in _KEYS}
     made = _parser().instantiate(_parser().parse_object(content)).model
     return ImageClassifier(deepcopy(original(network)), **vars(made))
 
