@@ -94,8 +94,9 @@ class ForgetRetainDataModule(LightningDataModule):
         check_split(forget, wrong_labels, val_fraction, split_seed)
         if batch_size < 1:
             raise ValueError(f"batch_size must be positive, got {batch_size}.")
-        if num_workers < 0 or (augment_epochs or 0) < 0:
-            raise ValueError(f"num_workers and augment_epochs must not be negative, got {num_workers} and {augment_epochs}.")
+        for name, number in {"num_workers": num_workers, "augment_epochs": augment_epochs or 0}.items():
+            if number < 0:
+                raise ValueError(f"{name} must not be negative, got {number}.")
         self.forget = forget
         self.wrong_labels = wrong_labels
         self.given = Sources(train, test, class_names)

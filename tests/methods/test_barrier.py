@@ -11,10 +11,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 
-from salun_lightning import guard as module_of_guards
 from salun_lightning.lightning_cli import UnlearningCLI
 from salun_lightning.methods import Barrier, FineTune, GradientAscent, Method, NegGradPlus, Remap
 from salun_lightning.modules import ImageClassifier
+from salun_lightning.networks import guard as module_of_guards
 from salun_lightning.networks.guard import Guard, can_be_held
 from salun_lightning.saliency import SaliencyMasking
 from tests.modules.small_diffusion import diffusion, images

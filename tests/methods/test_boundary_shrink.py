@@ -43,7 +43,7 @@ def linear_module() -> Any:
 
     reference = Bright()
     return SimpleNamespace(
-        reference=reference, _logits=lambda net, images: net(images), logits=lambda images, original: reference(images)
+        reference=reference, logits_by=lambda net, images: net(images), logits=lambda images, original: reference(images)
     )
 
 
