@@ -11,9 +11,15 @@ from torch.utils.data import Dataset
 
 from salun_lightning import (
     DAMP,
+    DELETE,
+    SCRUB,
     SSD,
+    BadTeacher,
+    FineTune,
+    FisherForgetting,
     ForgetClasses,
     ForgetRetainDataModule,
+    GradientAscent,
     ImageClassifier,
     NegGradPlus,
     RandomLabel,
@@ -27,8 +33,8 @@ from tests.saliency.helpers import same_bits
 
 pytestmark = [pytest.mark.foreign, pytest.mark.filterwarnings("default")]
 
-EDITS = [SSD(), DAMP()]
-TRAINING = [RandomLabel(), NegGradPlus(0.9)]
+EDITS = [SSD(), DAMP(), FisherForgetting()]
+TRAINING = [FineTune(), RandomLabel(), GradientAscent(), NegGradPlus(0.9), SCRUB(), BadTeacher(), DELETE()]
 
 
 class Scenes(Dataset[dict[str, Tensor]]):

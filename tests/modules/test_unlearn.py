@@ -11,7 +11,20 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import Dataset
 
-from salun_lightning import DAMP, SSD, TSBGRM, FineTune, GradientAscent, NegGradPlus, RandomLabel, Remap
+from salun_lightning import (
+    DAMP,
+    DELETE,
+    SCRUB,
+    SSD,
+    TSBGRM,
+    BadTeacher,
+    FineTune,
+    FisherForgetting,
+    GradientAscent,
+    NegGradPlus,
+    RandomLabel,
+    Remap,
+)
 from salun_lightning.data import ForgetRandom, ForgetRetainDataModule
 from salun_lightning.methods import Method, part
 from salun_lightning.modules import ImageClassifier, Unlearn
@@ -69,11 +82,20 @@ def fit(folder: Path, method: Method, *callbacks: Any, module: LightningModule |
     [
         *(
             (method, {})
-            for method in (FineTune(), RandomLabel(), RandomLabel(order="mixed"), GradientAscent(), NegGradPlus(0.9))
+            for method in (
+                FineTune(),
+                RandomLabel(),
+                RandomLabel(order="mixed"),
+                GradientAscent(),
+                NegGradPlus(0.9),
+                SCRUB(),
+                BadTeacher(),
+                DELETE(),
+            )
         ),
-        *((method, ONE_STEP) for method in (SSD(), DAMP(strength=0.5))),
+        *((method, ONE_STEP) for method in (SSD(), DAMP(strength=0.5), FisherForgetting())),
     ],
-    ids=lambda value: getattr(value, "order", ""),
+    ids=lambda value: f"{type(value).__name__} {value.order}" if isinstance(value, Method) else "",
 )
 def test_it_ends_with_the_bits_of_our_own_module(method: Method, run: dict[str, int], masked: bool, tmp_path: Path) -> None:
     """The same network, method and optimizer, with a mask and without one, wherever the mask stands among the callbacks."""
