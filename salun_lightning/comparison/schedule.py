@@ -1,6 +1,7 @@
 """Runs the cells of a comparison one after another, beside other processes that do the same."""
 
 import logging
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
@@ -35,6 +36,7 @@ class Schedule:
         self.cells = list(cells)
         self.threads = threads
         self.report = report
+        self._started = time.time()
         self.failed: dict[Cell, dict[str, Any]] = {}
         """What is known of the cells that failed, or that need one that did."""
 
@@ -56,7 +58,7 @@ class Schedule:
 
     def _end(self, cell: Cell) -> bool:
         """Whether the cell has come to its end, here or in another process."""
-        result, note = cell.result, "was there"
+        result, note = cell.result, ""
         if result is None:
             at_hand = all([self._at_hand(needed) for needed in cell.needed])
             without = [needed for needed in cell.needed if needed in self.failed]
@@ -74,8 +76,13 @@ class Schedule:
                 if result is None:
                     result, note = self._run(cell)
         if result is not None:
-            self.report(cell, result, note)
+            self.report(cell, result, note or self._whence(cell))
         return True
+
+    def _whence(self, cell: Cell) -> str:
+        """Where the result of a cell comes from that was not run here."""
+        made = (cell.folder / "result.json").stat().st_mtime
+        return "was there" if made < self._started else "run by another process"
 
     def _at_hand(self, needed: Cell) -> bool:
         """Whether the checkpoint of a cell that was run can be read. A damaged one is set aside and trained again."""

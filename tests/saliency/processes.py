@@ -179,8 +179,8 @@ def one_shots() -> dict[str, OneShot]:
     }
 
 
-def one_shot(kind: type[ImageClassifier], name: str, **settings: Any) -> dict[str, Any]:
-    """An edit that is computed and added, with what it should be."""
+def one_shot(kind: type[ImageClassifier], name: str, batch_size: int = 8, **settings: Any) -> dict[str, Any]:
+    """An edit that is computed and added, with what it should be. One process has a batch as large as those of two together."""
     method, added = one_shots()[name], {}
     compute = method.edit
 
@@ -192,7 +192,7 @@ def one_shot(kind: type[ImageClassifier], name: str, **settings: Any) -> dict[st
     method.edit = edit
     module = kind(network(), method=method, optimizer=plain_step)
     callback, original = SaliencyMasking(0.5), whole(weights_of(module))
-    quiet_trainer(callback, max_steps=1, limit_val_batches=0, **settings).fit(module, small_datamodule())
+    quiet_trainer(callback, max_steps=1, limit_val_batches=0, **settings).fit(module, small_datamodule(batch_size=batch_size))
     return {**outcome(module, callback, original), "added": added}
 
 

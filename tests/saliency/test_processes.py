@@ -122,7 +122,7 @@ def test_the_mask_of_our_module_and_datamodule_is_that_of_one_process(results):
     "results", [name for name in DDP + SHARDED if name.split()[-1] in processes.one_shots()], indirect=True
 )
 def test_the_edit_of_two_processes_is_that_of_one_and_is_added_exactly(results, request):
-    one = processes.one_shot(ImageClassifier, request.node.callspec.params["results"].split()[1])
+    one = processes.one_shot(ImageClassifier, request.node.callspec.params["results"].split()[1], batch_size=16)
     for found in (*results, one):
         mask = mask_of(found)
         for name, before in found["original"].items():
