@@ -1,5 +1,6 @@
 """What a contributor's tools read."""
 
+import ast
 import os
 import re
 import subprocess
@@ -61,3 +62,13 @@ def test_issue_forms_ask_something() -> None:
         assert form["description"]
         assert any(entry.get("validations", {}).get("required") for entry in form["body"])
         assert {entry["type"] for entry in form["body"]} <= {"textarea", "input", "checkboxes", "markdown", "dropdown"}
+
+
+def test_no_file_and_no_class_is_long() -> None:
+    files = sorted((ROOT / "salun_lightning").rglob("*.py"))
+    texts = {path: path.read_text(encoding="utf-8") for path in files}
+    assert {path.name: text.count("\n") for path, text in texts.items() if text.count("\n") > 300} == {}
+    classes = [node for text in texts.values() for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ClassDef)]
+    lengths = {node.name: (node.end_lineno or 0) - node.lineno + 1 for node in classes}
+    assert len(lengths) > 100
+    assert {name: length for name, length in lengths.items() if length > 200} == {}

@@ -57,8 +57,7 @@ class ForgetRetainDataModule(LightningDataModule):
         input_key: Where a sample holds its image: a position in a tuple, or a key of a dictionary.
         target_key: Likewise, its class.
         wrong_labels: Labels part of the training set wrong: for every model, the original one included.
-        augment_epochs: For how many epochs ``train_transform`` is used; after them training sees images as evaluation does.
-            None for all of them.
+        augment_epochs: For how many epochs ``train_transform`` is used, and then ``eval_transform``; None for all of them.
 
     Raises:
         ValueError: The request cannot be met, or leaves nothing to forget or nothing to retain.
@@ -92,11 +91,7 @@ class ForgetRetainDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         check_split(forget, wrong_labels, val_fraction, split_seed)
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be positive, got {batch_size}.")
-        for name, number in {"num_workers": num_workers, "augment_epochs": augment_epochs or 0}.items():
-            if number < 0:
-                raise ValueError(f"{name} must not be negative, got {number}.")
+        _check_numbers(batch_size, num_workers, augment_epochs)
         self.forget = forget
         self.wrong_labels = wrong_labels
         self.given = Sources(train, test, class_names)
@@ -178,13 +173,8 @@ class ForgetRetainDataModule(LightningDataModule):
         marked = torch.isin(torch.arange(len(self._train_targets)), self.forget_indices) & (order != "all")
         sampler = TrainingOrder(self.forget_indices, self.retain_indices, order, self.batch_size, run_seed(), *self._replicas())
         samples = self._training_samples(self.train_transform, marked)
-
-        def choose_transform(epoch: int) -> None:
-            plain = self.augment_epochs is not None and epoch >= self.augment_epochs
-            samples.transform = self.eval_transform if plain else self.train_transform
-
-        sampler.on_epoch = choose_transform
-        choose_transform(0)
+        if self.augment_epochs is not None:
+            _stop_augmenting(samples, sampler, self.augment_epochs, self.eval_transform)
         if self.trainer is not None:  # of a resumed run, worker processes fetch batches before Lightning tells the epoch
             sampler.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
         return self._loader(samples, sampler)
@@ -195,10 +185,7 @@ class ForgetRetainDataModule(LightningDataModule):
         return self._loader(samples, FixedOrder(self.forget_indices, self.batch_size))
 
     def set_dataloader(self, name: str) -> DataLoader[Any]:
-        """A whole set: all of it on every process, in order, with evaluation transforms.
-
-        Args:
-            name: ``forget``, ``retain``, ``val``, ``test`` or ``test_forget``.
+        """All of a set (``forget``, ``retain``, ``val``, ``test``, ``test_forget``) on every process, as evaluation sees it.
 
         Raises:
             ValueError: There is no set of that name.
@@ -243,3 +230,22 @@ class ForgetRetainDataModule(LightningDataModule):
 
     def _loader(self, batches: SampleBatches, sampler: TrainingOrder | FixedOrder) -> DataLoader[Any]:
         return loader_of(batches, sampler, self.num_workers, self.trainer.strategy.root_device if self.trainer else None)
+
+
+def _check_numbers(batch_size: int, num_workers: int, augment_epochs: int | None) -> None:
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be positive, got {batch_size}.")
+    for name, number in {"num_workers": num_workers, "augment_epochs": augment_epochs or 0}.items():
+        if number < 0:
+            raise ValueError(f"{name} must not be negative, got {number}.")
+
+
+def _stop_augmenting(samples: SampleBatches, order: TrainingOrder, epochs: int, plain: Transform | None) -> None:
+    """Let training samples come as evaluation prepares them, once there were so many epochs."""
+    augmented = samples.transform
+
+    def choose(epoch: int) -> None:
+        samples.transform = augmented if epoch < epochs else plain
+
+    order.on_epoch = choose
+    choose(0)

@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
-from salun_lightning.data import ForgetRetainDataModule, Order, Samples, epoch_seed, run_seed, split
+from salun_lightning.data import ForgetRetainDataModule, Samples, epoch_seed, run_seed, split
 from salun_lightning.methods.base import Kind, Method, all_of, check_kind
 from salun_lightning.methods.finetune import FineTune
 from salun_lightning.modules.record import KEY, arguments_from, check_resumed, record_of
@@ -39,8 +39,7 @@ class UnlearningModule(LightningModule, ABC):
         network: The network.
         method: How it is trained: ``FineTune`` for the original and the retrained model, else a method of forgetting.
         original: The original model to start from: a checkpoint or state_dict, also of another project, or a pipeline of
-            diffusers. None starts from the network as it is. To resume or test a run use Lightning's ``ckpt_path``, which also
-            restores the optimizer and the epoch, and takes precedence.
+            diffusers. None starts from the network as it is. To resume or test a run use Lightning's ``ckpt_path``.
         optimizer: Makes the optimizer from the parameters.
         lr_scheduler: Makes the learning-rate scheduler from the optimizer.
         lr_interval: Whether the scheduler steps each epoch or each optimizer step.
@@ -88,10 +87,7 @@ class UnlearningModule(LightningModule, ABC):
         """The loss whose gradient over the forget set is the saliency: by default the task loss (its sign does not matter)."""
         return self.task_loss(samples)
 
-    @property
-    def order(self) -> Order:
-        """The order of training batches that the method was published with."""
-        return self.method.order
+    order = property(lambda self: self.method.order, doc="The order of training batches that the method was published with.")
 
     @property
     def datamodule(self) -> Any:
@@ -170,7 +166,7 @@ class UnlearningModule(LightningModule, ABC):
         Args:
             checkpoint_path: The file. That of a run from a configuration needs nothing else.
             *args: See ``LightningModule.load_from_checkpoint``.
-            **kwargs: Likewise, and arguments of the module; ``network``, where the checkpoint does not say how it was made.
+            **kwargs: Likewise, and arguments of the module; ``network``, if the checkpoint does not say how it was made.
         """
         checkpoint = read_checkpoint(checkpoint_path)  # always: it refuses a pickle in a sentence
         if "network" not in kwargs:
@@ -183,7 +179,6 @@ class UnlearningModule(LightningModule, ABC):
     @override
     def on_fit_start(self) -> None:
         self._epoch_loss = EpochLoss()
-        self._steps = False
         self.check_network()
 
     @override
@@ -214,15 +209,13 @@ class UnlearningModule(LightningModule, ABC):
             loss = self.method.loss(self, batch)
         if loss is None:  # several processes must not return None, and each weight needs a gradient
             return 0 * torch.stack([local_of(weight).sum() for weight in weights_of(self).values()]).sum()
-        self._steps = True
         self._epoch_loss.add(loss, sum(sizes.values()))
         return loss
 
     @override
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        if not self._steps:  # all batches of this step were passed over; without a gradient, momentum moves nothing either
+        if self._epoch_loss.none_new():  # all batches were passed over; without a gradient, momentum moves nothing either
             optimizer.zero_grad()
-        self._steps = False
 
     @override
     def on_train_epoch_end(self) -> None:

@@ -37,12 +37,18 @@ class EpochLoss:
     def __init__(self) -> None:
         self._sum: Tensor | float = 0.0
         self._samples = 0
-        self._said = False
+        self._said = self._new = False
 
     def add(self, loss: Tensor, samples: int) -> None:
-        """Take the loss of a step, a mean over so many samples."""
+        """Take the loss of a batch, a mean over so many samples."""
+        self._new = True
         self._sum = self._sum + loss.detach().float() * samples
         self._samples += samples
+
+    def none_new(self) -> bool:
+        """Whether none was taken since this was asked last."""
+        new, self._new = self._new, False
+        return not new
 
     def report(self, module: LightningModule) -> None:
         """Log the mean over all processes, and warn, on the first, if it is not finite. All of them must call it."""

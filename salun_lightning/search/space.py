@@ -200,3 +200,14 @@ def spread(space: Space, number: int) -> dict[str, Any]:
     return {
         option: part.at((0.5 + (number + 1) * ratio**-power) % 1) for power, (option, part) in enumerate(space.items(), start=1)
     }
+
+
+def planned(space: Space, budget: int) -> list[dict[str, Any]]:
+    """What is tried after the default settings, before there is anything to learn from."""
+    return list(grid(space)) if size(space) <= budget else [spread(space, number) for number in range((budget - 1) // 2)]
+
+
+def wider(space: Space, best: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The ranges whose best value lies at one of their ends, as they are when they are widened there."""
+    ranges = {option: (part, part.widened(best[option])) for option, part in space.items() if isinstance(part, Range)}
+    return {option: vars(wider) for option, (part, wider) in ranges.items() if wider != part}

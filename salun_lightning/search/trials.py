@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from salun_lightning.search.space import Range, Space, grid, size, spread
+from salun_lightning.search.space import Range, Space, grid, planned, size, spread, wider
 
 if TYPE_CHECKING:
     import optuna
@@ -156,11 +156,8 @@ class Trials:
     @property
     def at_edge(self) -> list[str]:
         """The options whose best value lies at an end of their range that could be widened."""
-        best, space = self.best, self.space_now
-        if best is None:
-            return []
-        ranges = {option: part for option, part in space.items() if isinstance(part, Range)}
-        return [option for option, part in ranges.items() if part.widened(best.user_attrs["options"][option]) != part]
+        best = self.best
+        return [] if best is None else [*wider(self.space_now, best.user_attrs["options"])]
 
     @property
     def widened(self) -> list[str]:
@@ -240,17 +237,12 @@ class Trials:
         """A new trial, and the settings it is to try."""
         tried = [trial.user_attrs["options"] for trial in counted]
         void = [trial.user_attrs["options"] for trial in self._all() if "options" in trial.user_attrs and self._is_void(trial)]
-        for options in (*void, *self._planned()):
+        for options in (*void, self.defaults, *planned(self.space, self.budget)):
             if options not in tried:
                 return self._fixed(options), options
         space, random = self.space_now, Random(f"{self.name} {len(counted)}")
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="optuna.*")  # of what is called experimental in older versions
-            from optuna.samplers import TPESampler
-
-            seed = random.getrandbits(32)
-            self.study.sampler = TPESampler(n_startup_trials=1, multivariate=True, constant_liar=True, seed=seed)
-            trial = self.study.ask({option: part.distribution() for option, part in space.items()})
+        self.study.sampler = _sampler(random.getrandbits(32))
+        trial = self.study.ask({option: part.distribution() for option, part in space.items()})
         options = {option: part.sampled(trial.params[option]) for option, part in space.items()}
         if options not in tried:
             return trial, options
@@ -258,11 +250,6 @@ class Trials:
         others = grid(space) if size(space) <= 10_000 else (spread(space, len(counted) + extra) for extra in range(100))
         options = random.choice([other for other in others if other not in tried])
         return self._fixed(options), options
-
-    def _planned(self) -> list[dict[str, Any]]:
-        """What is tried before there is anything to learn from."""
-        others = list(grid(self.space)) if size(self.space) <= self.budget else []
-        return [self.defaults, *(others or (spread(self.space, number) for number in range((self.budget - 1) // 2)))]
 
     def _fixed(self, options: Mapping[str, Any]) -> "Trial":
         """A trial of these settings, for Optuna to learn from."""
@@ -279,16 +266,11 @@ class Trials:
         self.study.tell(trial, state=TrialState.FAIL)
 
     def _widen(self) -> None:
-        best, ranges = self.best, dict(self.study.user_attrs.get("ranges", {}))
-        if best is None or size(self.space) <= self.budget:
-            return
-        for option, part in self.space.items():
-            if isinstance(part, Range) and option not in ranges:
-                wider = part.widened(best.user_attrs["options"][option])
-                if wider != part:
-                    ranges[option] = vars(wider)
-        if ranges != self.study.user_attrs.get("ranges", {}):
-            self.study.set_user_attr("ranges", ranges)
+        best, known = self.best, dict(self.study.user_attrs.get("ranges", {}))
+        if best is not None and size(self.space) > self.budget:
+            ranges = {**wider(self.space, best.user_attrs["options"]), **known}
+            if ranges != known:
+                self.study.set_user_attr("ranges", ranges)
 
     def _place(self, options: Mapping[str, Any]) -> Path:
         return self.folder / digest(options)
@@ -297,3 +279,11 @@ class Trials:
 def digest(content: Any) -> str:
     """A short name for what can be written as JSON."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _sampler(seed: int) -> "optuna.samplers.BaseSampler":
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="optuna.*")  # of what is called experimental in older versions
+        from optuna.samplers import TPESampler
+
+        return TPESampler(n_startup_trials=1, multivariate=True, constant_liar=True, seed=seed)
