@@ -1,11 +1,8 @@
 """The command ``compare``."""
 
-import multiprocessing
 import os
 import platform
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +11,7 @@ from jsonargparse import ArgumentParser
 import salun_lightning
 from salun_lightning.cli import program
 from salun_lightning.comparison.figures import Figures
+from salun_lightning.comparison.helper import helpers
 from salun_lightning.comparison.plan import Cell, Plan
 from salun_lightning.comparison.plots import plot, plot_samples
 from salun_lightning.comparison.report import Results, Table, markdown, summarise
@@ -108,7 +106,7 @@ def compare(
     started = time.perf_counter()
     cells = [*plan.first, *(cell for cell in plan.cells if cell in wanted)]
     figures = Figures(out)
-    with _helpers(workers - 1, cells, threads):
+    with helpers(workers - 1, cells, threads):
         failed = _run_all(cells, plan.first, table, threads, figures)
     report = _report(list(everything), plan, table, failed, figures, time.perf_counter() - started)
     if failed:
@@ -122,27 +120,6 @@ def compare(
 
 def _listed(values: Any) -> list[Any]:
     return values if isinstance(values, list) else [values]
-
-
-@contextmanager
-def _helpers(count: int, cells: list[Cell], threads: int) -> Iterator[None]:
-    """Further processes that run cells, as long as there are any."""
-    context = multiprocessing.get_context("spawn")
-    helpers = [context.Process(target=_help, args=(cells, threads)) for _ in range(count if len(cells) > 1 else 0)]
-    for helper in helpers:
-        helper.start()
-    try:
-        yield
-    finally:
-        for helper in helpers:  # if all went well, there is nothing left for them
-            helper.terminate()
-            helper.join()
-
-
-def _help(cells: list[Cell], threads: int) -> None:
-    """Run cells in silence: the process that was called tells of all of them, and runs again what fails here."""
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-        Schedule(cells, threads, lambda *_: None).run()
 
 
 def _run_all(cells: list[Cell], first: list[Cell], table: Table, threads: int, figures: Figures) -> dict[Cell, dict[str, Any]]:

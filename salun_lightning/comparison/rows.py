@@ -80,7 +80,8 @@ def row_called(name: str, rows: Mapping[str, Any], what: str = "row") -> str:
     for known in rows:
         if known.lower() == name.lower():
             return known
-    raise ValueError(f"There is no {what} '{name}'. The {what}s are: {', '.join(rows)}.")
+    known = ", ".join(filter(None, rows))
+    raise ValueError(f"There is no {what} '{name}'. " + (f"The {what}s are: {known}." if known else f"There are no {what}s."))
 
 
 def all_rows(

@@ -55,6 +55,7 @@ class Schedule:
                 with _lock(running):
                     pass
             pending = left
+        self.failed = {cell: result for cell, result in self.failed.items() if cell.result is None}  # others may have done it
 
     def _end(self, cell: Cell) -> bool:
         """Whether the cell has come to its end, here or in another process."""

@@ -48,7 +48,7 @@ def pgd(predict: Predict, images: Tensor, targets: Tensor, radius: Tensor, steps
 
 def _ascent(predict: Predict, images: Tensor, targets: Tensor) -> Tensor:
     """The gradient of the cross-entropy of each image, with respect to it."""
-    with torch.enable_grad():
+    with torch.enable_grad(), torch.autocast(images.device.type, enabled=False):  # whose gradients of sure answers are zero
         images = images.detach().requires_grad_()
         loss = functional.cross_entropy(predict(images).float(), targets, reduction="sum")
         gradient: Tensor = torch.autograd.grad(loss, images)[0]

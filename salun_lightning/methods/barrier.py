@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -101,11 +101,12 @@ class Barrier(Method):
             barriers = torch.stack([guard.barrier() for guard in self._guards])
         return loss + self.weight * barriers.mean()
 
-    @override
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def _release(self, *_: Any, **__: Any) -> None:
         for weight in self._frozen:
             weight.requires_grad_(True)
         self._guards, self._frozen = [], []
+
+    on_exception = teardown = _release  # after an exception there is no teardown
 
 
 def _layers(module: LightningModule) -> dict[str, Layer]:
@@ -121,10 +122,12 @@ def _look(module: "UnlearningModule", name: str, looks: Mapping[nn.Module, Calla
         looks[layer](vectors(layer, inputs[0]))
 
     trainer, hooks = module.trainer, [layer.register_forward_pre_hook(look) for layer in looks]
-    with undisturbed(module), torch.no_grad(), trainer.precision_plugin.forward_context():
-        module.network = module.reference  # until the end of the block, where everything is put back
-        torch.manual_seed(run_seed())  # the same on all ranks, and when the run is resumed
-        for batch in module.datamodule.set_dataloader(name):
-            module.losses(trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch), module.device))
-    for hook in hooks:
-        hook.remove()
+    try:
+        with undisturbed(module), torch.no_grad(), trainer.precision_plugin.forward_context():
+            module.network = module.reference  # until the end of the block, where everything is put back
+            torch.manual_seed(run_seed())  # the same on all ranks, and when the run is resumed
+            for batch in module.datamodule.set_dataloader(name):
+                module.losses(trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch), module.device))
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,10 +1,12 @@
 """What a method is."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
-from lightning.pytorch import Callback
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
 from salun_lightning.data import Order, Samples
@@ -52,7 +54,7 @@ class Method(Callback, ABC):
             batch: The parts ``forget`` and ``retain``, as ``order`` brings them; either may be absent.
 
         Returns:
-            A scalar; None if this batch is to be passed over.
+            A scalar; None if this batch is to be passed over, by all processes alike.
         """
 
 
@@ -93,3 +95,22 @@ def check_kind(method: Method, module: "UnlearningModule") -> None:
     if method.kind not in ("any", module.kind):
         name = type(method).__name__
         raise ValueError(f"{name} is a method for {method.kind} models; {type(module).__name__} is none.")
+
+
+def number_of_steps(method: Method, trainer: Trainer) -> int:
+    """How many optimizer steps a run has.
+
+    Args:
+        method: The method, which the message names.
+        trainer: The trainer.
+
+    Raises:
+        MisconfigurationException: The run has no end.
+    """
+    steps = trainer.estimated_stepping_batches
+    if steps == math.inf:
+        raise MisconfigurationException(
+            f"What {type(method).__name__} does depends on how long a run is, but this run has no end. Give max_epochs or"
+            " max_steps."
+        )
+    return int(steps)

@@ -64,7 +64,7 @@ class BoundaryExpanding(Method):
             self._hook.remove()
         self._hook = self._features = None
 
-    on_train_end = on_exception = _release
+    on_train_end = on_exception = teardown = _release
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -1,7 +1,7 @@
 """DELETE: on the forget set, answer as the original model would if the true class did not exist."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -58,8 +58,9 @@ class DELETE(Method):
             for norm in self._in_eval:
                 norm.eval()
 
-    @override
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _release(self, *_: Any, **__: Any) -> None:
         for norm in self._in_eval:
             norm.train()
         self._in_eval = []
+
+    on_train_epoch_end = on_exception = _release

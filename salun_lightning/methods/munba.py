@@ -78,8 +78,9 @@ def bargained(first: Tensor, second: Tensor) -> Tensor:
 
 def _gradient(module: "UnlearningModule", loss: Tensor) -> Tensor:
     """The gradient of a loss as a vector, at least in float32, as a mean over all processes."""
-    weights = list(weights_of(module).values())
-    gradients = torch.autograd.grad(loss, weights, retain_graph=True, materialize_grads=True, allow_unused=True)
+    weights, scaler = list(weights_of(module).values()), getattr(module.trainer.precision_plugin, "scaler", None)
+    scale = 1.0 if scaler is None else float(scaler.get_scale())  # in half precision small gradients would be none
+    gradients = torch.autograd.grad(scale * loss, weights, retain_graph=True, materialize_grads=True, allow_unused=True)
     whole = torch.cat([gradient.flatten().to(torch.promote_types(gradient.dtype, torch.float32)) for gradient in gradients])
-    mean: Tensor = module.trainer.strategy.reduce(whole, reduce_op="mean")
+    mean: Tensor = module.trainer.strategy.reduce(whole / scale, reduce_op="mean")
     return mean

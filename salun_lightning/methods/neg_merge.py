@@ -108,6 +108,6 @@ def _gradients(module: "UnlearningModule", epoch: int) -> Iterator[dict[str, Ten
         torch.manual_seed(seed + int(samples.indices[0]))  # of noise, where there is any; the run's own state is put back
         return module.task_loss(samples)
 
-    for batch in batches_at(data, data.forget_indices[order], size=data.batch_size * module.trainer.world_size):
-        sums = gradient_sums(module, [batch], loss=loss, strategy=module.trainer.strategy)
-        yield {name: total / len(batch.targets) for name, total in sums.items()}
+    for positions in data.forget_indices[order].split(data.batch_size * module.trainer.world_size):
+        sums = gradient_sums(module, batches_at(data, positions), loss=loss, strategy=module.trainer.strategy)
+        yield {name: total / len(positions) for name, total in sums.items()}

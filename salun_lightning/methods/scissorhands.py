@@ -114,6 +114,10 @@ class Scissorhands(Method):
             gradient.sub_(memory * (inner.clamp(min=0) / square.clamp(min=1e-30)))
 
     @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._memory = {}
+
+    @override
     def state_dict(self) -> dict[str, Any]:
         return {"trimmed": self._trimmed}
 

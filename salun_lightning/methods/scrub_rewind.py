@@ -60,7 +60,8 @@ class ScrubRewind(SCRUB):
         network = {name: tensor.detach().cpu().clone() for name, tensor in module.network.state_dict().items()}
         self._epochs.append({"error": 1 - _mean(rightness(module, "forget")[0]), "network": network})
         by_epochs, by_steps = trainer.current_epoch + 1 == trainer.max_epochs, trainer.global_step == trainer.max_steps
-        if by_epochs or by_steps or trainer.should_stop:  # now, so that the last checkpoint is of the rewound network
+        stopped = trainer.should_stop and trainer.fit_loop._can_stop_early  # else a minimum of epochs or steps is still to come
+        if by_epochs or by_steps or stopped:  # now, so that the last checkpoint is of the rewound network
             self._go_back(module)
 
     @override

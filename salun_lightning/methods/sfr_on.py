@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
 from salun_lightning.data import Order, Samples
-from salun_lightning.methods.base import Method, part
+from salun_lightning.methods.base import Method, number_of_steps, part
 from salun_lightning.saliency import SaliencyMask, gradient_sums
 from salun_lightning.saliency.held import Held
 from salun_lightning.weights import bits_of, reshard, weights_of
@@ -59,6 +59,7 @@ class SFROn(Method):
         self.every = every
         self._mask: SaliencyMask | None = None
         self._held: dict[nn.Parameter, Held] = {}
+        self._hook: Any = None
         self._forgets = False
 
     @override
@@ -68,6 +69,7 @@ class SFROn(Method):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._steps = number_of_steps(self, trainer)
         reshard(pl_module)
         if self._mask is None:  # else a checkpoint brought it
             self._mask = SaliencyMask(self._more_important(cast("UnlearningModule", pl_module)))
@@ -95,7 +97,7 @@ class SFROn(Method):
         losses = module.losses(part(batch, "forget", self))
         weights = losses.detach().float().clamp(min=1e-15) ** -self.power
         mean = trainer.strategy.reduce(weights.mean(), reduce_op="mean")
-        strength = self.alpha * (1 + math.cos(math.pi * step / trainer.estimated_stepping_batches)) / 2
+        strength = self.alpha * (1 + math.cos(math.pi * step / self._steps)) / 2
         return -strength * (weights / mean * losses).mean()
 
     @override
@@ -111,10 +113,12 @@ class SFROn(Method):
             for weight, held in self._held.items():
                 held.put_back(weight)
 
-    @override
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._hook.remove()
-        self._held = {}
+    def _release(self, *_: Any, **__: Any) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+        self._hook, self._held = None, {}
+
+    on_train_end = on_exception = _release
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -2,15 +2,15 @@
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
 from salun_lightning.data import Order, Samples
-from salun_lightning.methods.base import Kind, Method
+from salun_lightning.methods.base import Kind, Method, number_of_steps
 from salun_lightning.methods.whole_classes import forgotten_classes
 from salun_lightning.networks.head import head_of
 
@@ -46,6 +46,7 @@ class TSBGRM(Method):
             )
         self.bias_scale = bias_scale
         self.repair_epochs = repair_epochs
+        self._modes: list[tuple[nn.Module, bool]] = []
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -53,7 +54,7 @@ class TSBGRM(Method):
         self._forgotten = forgotten_classes(self, module)
         self._head = head_of(module.network)[1]
         steps_of_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
-        epochs = math.ceil(trainer.estimated_stepping_batches / steps_of_epoch)  # max_epochs is -1 in a run that counts steps
+        epochs = math.ceil(number_of_steps(self, trainer) / steps_of_epoch)  # max_epochs is -1 in a run that counts steps
         self._repair_from = max(1, epochs - self.repair_epochs)
         self._modes = [(child, child.training) for child in module.network.modules()]
         module.network.eval()
@@ -81,7 +82,9 @@ class TSBGRM(Method):
             scale[self._forgotten] = 1
             head.bias.grad *= scale
 
-    @override
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _release(self, *_: Any, **__: Any) -> None:
         for child, mode in self._modes:
             child.training = mode
+        self._modes = []
+
+    on_train_end = on_exception = _release

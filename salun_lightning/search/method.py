@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
+from filelock import FileLock
 
 from salun_lightning.comparison.figures import Figures
 from salun_lightning.comparison.plan import Cell, Plan, slug
@@ -184,8 +185,9 @@ class MethodSearch:
         seeds = " ".join(map(str, self.pilot.seeds))
         cases = "".join(f" '{case}'" for case in self.request.cases if case)
         lines = [  # the same, whichever process writes them
-            f"# Smallest avg. gap of {trials.budget} trials, pilot seed{'s' * (' ' in seeds)} {seeds.replace(' ', ', ')}:"
-            f" {best.value:.2f}" + ("" if default is None else f"; default settings: {default:.2f}"),
+            f"# Smallest avg. gap of {len(trials.counted())} trials, pilot seed{'s' * (' ' in seeds)}"
+            f" {seeds.replace(' ', ', ')}: {best.value:.2f}"
+            + ("" if default is None else f"; default settings: {default:.2f}"),
             f"{_WRITTEN}{self.pilot.command} --methods {self.method} --trials {self.pilot.trials} --seeds {seeds}"
             + (f" --cases{cases}" if cases else "")
             + (f" -- {shlex.join(self.pilot.further)}" if self.pilot.further else ""),
@@ -197,11 +199,12 @@ class MethodSearch:
         if trials.at_edge:
             lines.append(f"# The best lies at an end of its range: {', '.join(trials.at_edge)}")
         text = "\n".join(lines) + "\n" + yaml.safe_dump(options, sort_keys=False)
-        before = self.file.read_text(encoding="utf-8") if self.file.is_file() else text
-        if before != text and _WRITTEN not in before:
-            set_aside(self.file, "the search has found other values")
-        if before != text or not self.file.is_file():
-            write_text(self.file, text)
+        with FileLock(f"{trials.folder}.lock"):  # other processes come to the end at the same time
+            before = self.file.read_text(encoding="utf-8") if self.file.is_file() else text
+            if before != text and _WRITTEN not in before:
+                set_aside(self.file, "the search has found other values")
+            if before != text or not self.file.is_file():
+                write_text(self.file, text)
         self.result = {
             "method": self.method,
             "request": self.request.name,

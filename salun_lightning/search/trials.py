@@ -263,7 +263,7 @@ class Trials:
     def _void(self, trial: "Trial | int") -> None:
         from optuna.trial import TrialState
 
-        self.study.tell(trial, state=TrialState.FAIL)
+        self.study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)  # its process may have been faster
 
     def _widen(self) -> None:
         best, known = self.best, dict(self.study.user_attrs.get("ranges", {}))
