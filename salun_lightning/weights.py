@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 _PATTERNS = {"xattn": r"(^|\.)attn2\."}  # cross-attention, as diffusers calls it
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -112,6 +112,14 @@ def _other_prefix(names: list[str], old: str, new: str) -> dict[str, str]:
 def local_of(tensor: Tensor) -> Tensor:
     """A tensor; of a sharded one, this rank's part."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def laid_like(tensor: Tensor, other: Tensor) -> Tensor:
+    """A whole tensor, which each rank has, on the device of another and, if that is sharded, in shards like it."""
+    tensor = tensor.to(other.device)
+    if isinstance(other, DTensor):
+        return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)
+    return tensor
 
 
 def bits_of(tensor: Tensor) -> Tensor:

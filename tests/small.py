@@ -9,6 +9,15 @@ from torch.utils.data import Dataset
 
 from salun_lightning.data import ForgetRandom, ForgetRequest, ForgetRetainDataModule, ImageTensors
 
+CLASSIFIER_OF_DIGITS = (  # a command line without a method
+    "--model=ImageClassifier",
+    "--model.network=SmallResNet",
+    "--model.network.num_classes=10",
+    "--data=DigitsDataModule",
+    "--data.forget=ForgetRandom",
+    "--data.forget.count=9",
+)
+
 
 def numbered_images(count: int, classes: int = 3, size: int = 4) -> ImageTensors:
     """Images whose pixels are their number, of classes 0, 1, 2, 0, 1, 2, ..."""

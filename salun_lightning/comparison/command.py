@@ -94,8 +94,7 @@ def compare(
         if number < 1:
             raise ValueError(f"'{name}' is {number}. A comparison needs at least one.")
     chosen = {row_called(name, everything) for name in asked}
-    by_name = {str(case): None for case in cases or [""]}
-    chosen_cases = {row_called(str(name), by_name, "case") for name in asked_cases}
+    chosen_cases = {row_called(str(name), [str(case) for case in cases or [""]], "case") for name in asked_cases}
     plan = Plan(out, options, arguments or [], row_of(task or []).files, tuned)
     plan.add_first({name: row_of(model) for name, model in (first or {}).items()})
     plan.add(everything, seeds, cases or {})

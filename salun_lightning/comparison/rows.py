@@ -1,7 +1,7 @@
 """What a comparison file says of its rows."""
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
@@ -71,16 +71,16 @@ def row_of(source: Source | dict[str, Any]) -> Row:
     return source if isinstance(source, Row) else Row(source)
 
 
-def row_called(name: str, rows: Mapping[str, Any], what: str = "row") -> str:
+def row_called(name: str, names: Collection[str], what: str = "row") -> str:
     """The row of that name, in whatever case its letters are; or the case.
 
     Raises:
         ValueError: There is none.
     """
-    for known in rows:
+    for known in names:
         if known.lower() == name.lower():
             return known
-    known = ", ".join(filter(None, rows))
+    known = ", ".join(filter(None, names))
     raise ValueError(f"There is no {what} '{name}'. " + (f"The {what}s are: {known}." if known else f"There are no {what}s."))
 
 

@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from salun_lightning.data import Order, Samples, joined
 from salun_lightning.methods.adversarial import Predict, pgd
-from salun_lightning.methods.base import Kind, Method
+from salun_lightning.methods.base import Kind, Method, on_device
 
 if TYPE_CHECKING:
     from salun_lightning.modules.base import UnlearningModule
@@ -60,8 +60,7 @@ class AMUN(Method):
         module, strategy = cast("ImageClassifier", pl_module), trainer.strategy
         predict, own = partial(module.logits_by, module.reference), slice(trainer.global_rank, None, trainer.world_size)
         parts, kept = [], 0
-        for batch in module.datamodule.set_dataloader("forget"):
-            samples = strategy.batch_to_device(strategy.precision_plugin.convert_input(batch))
+        for samples in on_device(module, module.datamodule.set_dataloader("forget")):
             images, classes = torch.zeros_like(samples.inputs), torch.zeros_like(samples.targets)
             images[own], classes[own] = self.adversarial(predict, samples.inputs[own], samples.targets[own])
             images, classes = (strategy.reduce(each, reduce_op="sum") for each in (images, classes))

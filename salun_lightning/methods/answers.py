@@ -3,11 +3,12 @@
 from typing import TYPE_CHECKING, cast
 
 import torch
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.nn import functional
 
 from salun_lightning.evidence.measures import right
+from salun_lightning.methods.base import on_device
+from salun_lightning.saliency.rehearsal import undisturbed
 
 if TYPE_CHECKING:
     from salun_lightning.modules.base import UnlearningModule
@@ -44,17 +45,10 @@ def rightness(module: "UnlearningModule", name: str, original: bool = False) -> 
         Bool (N,), and the classes of the samples (N,), both on the CPU; empty where there is no such set.
     """
     model, strategy = cast("ImageClassifier", module), module.trainer.strategy
-    modes = {child: child.training for child in model.network.modules()}
     found, classes = [torch.empty(0, dtype=torch.bool)], [torch.empty(0, dtype=torch.int64)]
-    model.network.eval()
-    try:
-        with isolate_rng(), torch.no_grad(), strategy.precision_plugin.forward_context():
-            for batch in model.datamodule.set_dataloader(name):
-                samples = strategy.batch_to_device(strategy.precision_plugin.convert_input(batch))
-                found.append(right(model.logits(samples.inputs, original), samples.targets).cpu())
-                classes.append(samples.targets.cpu())
-    finally:
-        for child, training in modes.items():
-            child.training = training
+    with undisturbed(module), torch.no_grad(), strategy.precision_plugin.forward_context():
+        for samples in on_device(module, module.datamodule.set_dataloader(name)):
+            found.append(right(model.logits(samples.inputs, original), samples.targets).cpu())
+            classes.append(samples.targets.cpu())
     answers: tuple[Tensor, Tensor] = strategy.broadcast((torch.cat(found), torch.cat(classes)))
     return answers

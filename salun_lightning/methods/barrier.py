@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from salun_lightning.data import Samples, run_seed
-from salun_lightning.methods.base import Method
+from salun_lightning.methods.base import Method, on_device
 from salun_lightning.methods.random_label import RandomLabel
 from salun_lightning.networks.guard import Guard, Layer, can_be_held, vectors
 from salun_lightning.saliency.rehearsal import undisturbed
@@ -126,8 +126,8 @@ def _look(module: "UnlearningModule", name: str, looks: Mapping[nn.Module, Calla
         with undisturbed(module), torch.no_grad(), trainer.precision_plugin.forward_context():
             module.network = module.reference  # until the end of the block, where everything is put back
             torch.manual_seed(run_seed())  # the same on all ranks, and when the run is resumed
-            for batch in module.datamodule.set_dataloader(name):
-                module.losses(trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch), module.device))
+            for samples in on_device(module, module.datamodule.set_dataloader(name)):
+                module.losses(samples)
     finally:
         for hook in hooks:
             hook.remove()

@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -95,6 +95,32 @@ def check_kind(method: Method, module: "UnlearningModule") -> None:
     if method.kind not in ("any", module.kind):
         name = type(method).__name__
         raise ValueError(f"{name} is a method for {method.kind} models; {type(module).__name__} is none.")
+
+
+def on_device(module: "UnlearningModule", batches: Iterable[Samples]) -> Iterator[Samples]:
+    """Batches as the training loop would hand them to the module: on its device and in its precision.
+
+    Args:
+        module: The module that is trained.
+        batches: Such as those of ``set_dataloader``.
+    """
+    strategy = module.trainer.strategy
+    for samples in batches:
+        yield strategy.batch_to_device(strategy.precision_plugin.convert_input(samples))
+
+
+def number_of_epochs(method: Method, trainer: Trainer) -> float:
+    """How many epochs a run has, also one that counts steps, whose ``max_epochs`` is -1.
+
+    Args:
+        method: The method, which the message names.
+        trainer: The trainer.
+
+    Raises:
+        MisconfigurationException: The run has no end.
+    """
+    steps_of_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+    return number_of_steps(method, trainer) / steps_of_epoch
 
 
 def number_of_steps(method: Method, trainer: Trainer) -> int:

@@ -1,7 +1,6 @@
 """DAMP: make each stage of a network blind to the direction in which a class differs from all others."""
 
 import math
-from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,8 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import override
 
-from salun_lightning.data import Samples
-from salun_lightning.methods.base import Kind
+from salun_lightning.methods.base import Kind, on_device
 from salun_lightning.methods.one_shot import OneShot
 from salun_lightning.methods.whole_classes import forgotten_classes
 from salun_lightning.networks.stages import given_to, stages_of
@@ -66,11 +64,11 @@ class DAMP(OneShot):
         edit: dict[str, Tensor] = {}
         with undisturbed(module), torch.no_grad():
             network = getattr(module.network, "_orig_mod", module.network)  # not to compile it again for the hooks
-            (probe,) = _on_device(module, [data.probe()])
+            (probe,) = on_device(module, [data.probe()])
             stages = stages_of(network, probe.inputs, self.layers)
             layers = [stage[0].layer for stage in stages]
             forget, retain = (
-                given_to(layers, network, _on_device(module, data.set_dataloader(name)), math.ceil(count / _PROBED))
+                given_to(layers, network, on_device(module, data.set_dataloader(name)), math.ceil(count / _PROBED))
                 for name, count in (("forget", len(data.forget_indices)), ("retain", len(data.retain_indices)))
             )
         for depth, (layer, stage) in enumerate(zip(layers, stages, strict=True), start=1):
@@ -87,12 +85,6 @@ class DAMP(OneShot):
                 " nothing to take away. Choose a wider network, other layers, or another method."
             )
         return edit
-
-
-def _on_device(module: "UnlearningModule", batches: Iterable[Samples]) -> Iterator[Samples]:
-    strategy = module.trainer.strategy
-    for samples in batches:
-        yield strategy.batch_to_device(strategy.precision_plugin.convert_input(samples))
 
 
 def _residuals(forget: Tensor, retain: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional
 from typing_extensions import override
 
@@ -14,6 +13,7 @@ from salun_lightning.data import Samples, epoch_seed, run_seed
 from salun_lightning.methods.base import Kind
 from salun_lightning.methods.one_shot import OneShot, batches_at, spread
 from salun_lightning.saliency import gradient_sums
+from salun_lightning.weights import laid_like
 
 if TYPE_CHECKING:
     from salun_lightning.modules.base import UnlearningModule
@@ -64,9 +64,7 @@ class FisherForgetting(OneShot):
         generator = torch.Generator().manual_seed(epoch_seed(run_seed(), -1, 0))  # no epoch draws from it
         edit = {}
         for name, fisher in self.fisher(cast("ImageClassifier", module)).items():
-            noise = torch.randn(fisher.shape, generator=generator).to(fisher.device)  # the same on any device
-            if isinstance(fisher, DTensor):
-                noise = distribute_tensor(noise, fisher.device_mesh, fisher.placements, src_data_rank=None)
+            noise = laid_like(torch.randn(fisher.shape, generator=generator), fisher)  # the same on any device
             edit[name] = noise * (fisher + self.floor).pow(-self.power) * self.alpha
         return edit
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from salun_lightning.data import Order, Samples
-from salun_lightning.methods.base import Method, number_of_steps, part
+from salun_lightning.methods.base import Method, number_of_epochs, part
 from salun_lightning.weights import local_of, weights_of
 
 if TYPE_CHECKING:
@@ -38,9 +38,7 @@ class L1Sparse(Method):
 
     @override
     def loss(self, module: "UnlearningModule", batch: Mapping[str, Samples]) -> Tensor:
-        trainer = module.trainer
-        steps_of_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
-        epochs = number_of_steps(self, trainer) / steps_of_epoch  # max_epochs is -1 in a run that counts steps
+        epochs = number_of_epochs(self, module.trainer)
         # of a sharded weight each rank adds its own part: a sharded scalar could not be added to the loss
         penalty = sum(local_of(weight).abs().sum() for weight in weights_of(module).values())
         return module.task_loss(part(batch, "retain", self)) + self.gamma * (1 - module.current_epoch / epochs) * penalty

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from typing_extensions import override
 
 from salun_lightning.data import Order, Samples, epoch_seed, run_seed
 from salun_lightning.methods.base import Method, part
 from salun_lightning.saliency import SaliencyMask, gradient_sums
-from salun_lightning.weights import local_of, reshard, weights_of
+from salun_lightning.weights import laid_like, local_of, reshard, weights_of
 
 if TYPE_CHECKING:
     from salun_lightning.modules.base import UnlearningModule
@@ -74,7 +73,7 @@ class Scissorhands(Method):
                 anew = torch.zeros(weight.shape)
                 if weight.ndim > 1:
                     anew.uniform_(-1, 1, generator=generator).div_(math.sqrt(weight[0].numel()))
-                weight.copy_(torch.where(_like(weight, trimmed[name]), _like(weight, anew.to(weight.dtype)), weight))
+                weight.copy_(torch.where(laid_like(trimmed[name], weight), laid_like(anew.to(weight.dtype), weight), weight))
         # a step that moves nothing, after which a mask puts back what lies outside it, as after any other
         torch.optim.SGD(weights.values(), lr=0.0).step()
         self._trimmed = True
@@ -124,11 +123,3 @@ class Scissorhands(Method):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._trimmed = state_dict["trimmed"]
-
-
-def _like(weight: nn.Parameter, tensor: Tensor) -> Tensor:
-    """A tensor on the device of a weight and, if that is sharded, in shards like it."""
-    tensor = tensor.to(weight.device)
-    if isinstance(weight, DTensor):
-        return distribute_tensor(tensor, weight.device_mesh, weight.placements, src_data_rank=None)
-    return tensor

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from salun_lightning.data import Order, Samples
-from salun_lightning.methods.base import Kind, Method, number_of_steps
+from salun_lightning.methods.base import Kind, Method, number_of_epochs
 from salun_lightning.methods.whole_classes import forgotten_classes
 from salun_lightning.networks.head import head_of
 
@@ -53,9 +53,7 @@ class TSBGRM(Method):
         module = cast("UnlearningModule", pl_module)
         self._forgotten = forgotten_classes(self, module)
         self._head = head_of(module.network)[1]
-        steps_of_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
-        epochs = math.ceil(number_of_steps(self, trainer) / steps_of_epoch)  # max_epochs is -1 in a run that counts steps
-        self._repair_from = max(1, epochs - self.repair_epochs)
+        self._repair_from = max(1, math.ceil(number_of_epochs(self, trainer)) - self.repair_epochs)
         self._modes = [(child, child.training) for child in module.network.modules()]
         module.network.eval()
 

@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
-from salun_lightning.data import ForgetRetainDataModule, Samples, epoch_seed, run_seed, split
+from salun_lightning.data import ForgetRetainDataModule, Order, Samples, epoch_seed, run_seed, split
 from salun_lightning.methods.base import Kind, Method, all_of, check_kind
 from salun_lightning.methods.finetune import FineTune
 from salun_lightning.modules.record import KEY, arguments_from, check_resumed, record_of
@@ -39,7 +39,8 @@ class UnlearningModule(LightningModule, ABC):
         network: The network.
         method: How it is trained: ``FineTune`` for the original and the retrained model, else a method of forgetting.
         original: The original model to start from: a checkpoint or state_dict, also of another project, or a pipeline of
-            diffusers. None starts from the network as it is. To resume or test a run use Lightning's ``ckpt_path``.
+            diffusers. None starts from the network as it is. To resume or test a run use Lightning's ``ckpt_path``, which also
+            restores the optimizer and the epoch, and takes precedence.
         optimizer: Makes the optimizer from the parameters.
         lr_scheduler: Makes the learning-rate scheduler from the optimizer.
         lr_interval: Whether the scheduler steps each epoch or each optimizer step.
@@ -87,7 +88,10 @@ class UnlearningModule(LightningModule, ABC):
         """The loss whose gradient over the forget set is the saliency: by default the task loss (its sign does not matter)."""
         return self.task_loss(samples)
 
-    order = property(lambda self: self.method.order, doc="The order of training batches that the method was published with.")
+    @property
+    def order(self) -> Order:
+        """The order of training batches that the method was published with."""
+        return self.method.order
 
     @property
     def datamodule(self) -> Any:
@@ -130,11 +134,7 @@ class UnlearningModule(LightningModule, ABC):
         self._started = True
 
     def check_original(self, checkpoint: Mapping[str, Any]) -> None:
-        """Refuse a model that does not fit this module, original or resumed; by default any does whose weights fit the network.
-
-        Args:
-            checkpoint: What ``read_checkpoint`` returned.
-        """
+        """Refuse a checkpoint, as ``read_checkpoint`` returned it, of a model that does not fit: original or resumed."""
 
     @property
     def reference(self) -> nn.Module:

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from salun_lightning.weights import bits_of, local_of
+from salun_lightning.weights import bits_of, laid_like, local_of
 
 
 class Held:
@@ -23,14 +23,10 @@ class Held:
 
     def __init__(self, tensor: Tensor, mask: Tensor | None = None) -> None:
         original = bits_of(tensor)
-        if isinstance(tensor, DTensor) and mask is not None:
-            mask = distribute_tensor(
-                mask.to(original.device), tensor.device_mesh, tensor.placements, src_data_rank=None
-            ).to_local()
         # laid out in memory like the tensor, which makes the arithmetic of every step several times faster
         self.movable = torch.zeros_like(original, dtype=torch.bool)
         if mask is not None:
-            self.movable.copy_(mask)
+            self.movable.copy_(local_of(laid_like(mask, tensor)))
         self.original = torch.empty_like(original).copy_(original)
 
     def on(self, device: torch.device) -> "Held":

@@ -19,7 +19,7 @@ from salun_lightning.networks.guard import Guard, can_be_held
 from salun_lightning.saliency import SaliencyMasking
 from tests.modules.small_diffusion import diffusion, images
 from tests.modules.small_runs import same, trainer, weights
-from tests.small import small_datamodule
+from tests.small import CLASSIFIER_OF_DIGITS, small_datamodule
 
 
 def by_hand(change: Tensor, shift: Tensor, inputs: Tensor, reach: tuple[Tensor, Tensor] | float, directions: int) -> Tensor:
@@ -144,16 +144,8 @@ def test_it_follows_its_base() -> None:
     assert (Barrier(Remap()).order, Barrier(Remap()).kind) == ("paired", "diffusion")
     with pytest.raises(ValueError, match="Remap is a method for diffusion models"):
         ImageClassifier(network(), method=Barrier(Remap()))
-    words = [
-        "--model=ImageClassifier",
-        "--model.network=SmallResNet",
-        "--model.network.num_classes=10",
-        "--data=DigitsDataModule",
-        "--data.forget=ForgetRandom",
-        "--data.forget.count=9",
-    ]
     made = "{class_path: Barrier, init_args: {base: {class_path: NegGradPlus, init_args: {alpha: 0.5}}, weight: 2}}"
-    method = UnlearningCLI([*words, f"--model.method={made}"], run=False).model.method
+    method = UnlearningCLI([*CLASSIFIER_OF_DIGITS, f"--model.method={made}"], run=False).model.method
     assert (type(method.base), method.base.alpha, method.weight) == (NegGradPlus, 0.5, 2.0)
 
 

@@ -16,7 +16,7 @@ from salun_lightning.methods.munba import bargained
 from salun_lightning.modules import ImageClassifier
 from salun_lightning.saliency import SaliencyMask, SaliencyMasking, saliency_scores
 from tests.modules.small_runs import same, trainer, weights
-from tests.small import small_datamodule
+from tests.small import CLASSIFIER_OF_DIGITS, small_datamodule
 
 
 def vectors(cosine: float, first: float = 3.0, second: float = 0.2) -> tuple[Tensor, Tensor]:
@@ -107,7 +107,6 @@ class Passes(Method):
         return None
 
 
-@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
 def test_a_batch_that_a_player_passes_over(tmp_path: Path) -> None:
     module = ImageClassifier(network(), method=MUNBa(Passes()))
     trainer(tmp_path, max_epochs=1).fit(module, datamodule=small_datamodule())
@@ -115,17 +114,9 @@ def test_a_batch_that_a_player_passes_over(tmp_path: Path) -> None:
 
 
 def test_players_are_given_by_name() -> None:
-    words = [
-        "--model=ImageClassifier",
-        "--model.network=SmallResNet",
-        "--model.network.num_classes=10",
-        "--data=DigitsDataModule",
-        "--data.forget=ForgetRandom",
-        "--data.forget.count=9",
-    ]
     players = "{forget: {class_path: RandomLabel, init_args: {redraw: false}}, retain: FineTune}"
     for method, kind in ((players, RandomLabel), ("{forget: GradientAscent}", GradientAscent)):
-        cli = UnlearningCLI([*words, f"--model.method={{class_path: MUNBa, init_args: {method}}}"], run=False)
+        cli = UnlearningCLI([*CLASSIFIER_OF_DIGITS, f"--model.method={{class_path: MUNBa, init_args: {method}}}"], run=False)
         assert isinstance(cli.model.method.forget, kind)
         assert isinstance(cli.model.method.retain, FineTune)
     assert MUNBa().order == "paired"
