@@ -11,7 +11,8 @@ have no rank.
 
     python configs/memorised.py --task digits
 
-Further arguments are those of ``fit``, such as --trainer.max_epochs=2.
+With --folder, the answers of each model are kept there: any number of processes may run the same command, and one that was
+killed goes on where it was. Further arguments are those of ``fit``, such as --trainer.max_epochs=2.
 """
 
 import argparse
@@ -19,9 +20,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
-from salun_lightning.files import write_text
+from salun_lightning.files import digest, whole, write_text
 from salun_lightning.lightning_cli import UnlearningCLI
 
 HERE = Path(__file__).parent
@@ -42,6 +44,21 @@ def train_one(task: str, seed: int, folder: str, options: list[str]) -> tuple[Te
     cli.trainer.predict(cli.model, datamodule=cli.datamodule, return_predictions=False)
     asked = cli.model.predictions.training
     return asked.indices, torch.isin(asked.indices, cli.datamodule.retain_indices), asked.confidences.double()
+
+
+def train_all(task: str, seeds: range, folder: Path, options: list[str]) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Train a model for each seed, unless its answers lie in the folder, or another process trains it."""
+    files = [folder / f"{seed}-{digest([task, options])}.pt" for seed in seeds]
+    for wait in (False, True):
+        for seed, file in zip(seeds, files, strict=True):
+            try:
+                with FileLock(f"{file}.lock", blocking=wait):
+                    if not file.is_file():
+                        with whole(file) as unfinished:
+                            torch.save(train_one(task, seed, str(folder), options), unfinished)
+            except Timeout:
+                continue  # another process trains it
+    return [torch.load(file) for file in files]
 
 
 def memorisation(inside: Tensor, of_class: Tensor) -> Tensor:
@@ -67,10 +84,11 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--models", type=int, default=24, help="how many models to train")
     parser.add_argument("--seed", type=int, default=10_000, help="seed of the first model; each has the next one")
     parser.add_argument("--out", type=Path, help="the file to write; by default <task>/memorised.txt beside this script")
+    parser.add_argument("--folder", type=Path, help="where the answers of the models are kept; by default nowhere")
     own, options = parser.parse_known_args(args)
     torch.set_num_threads(1)  # networks this small are fastest so, and sums depend on it
-    with TemporaryDirectory() as folder:
-        trained = [train_one(own.task, own.seed + number, folder, options) for number in range(own.models)]
+    with TemporaryDirectory() as nowhere:
+        trained = train_all(own.task, range(own.seed, own.seed + own.models), own.folder or Path(nowhere), options)
     (positions, *_), inside, of_class = (torch.stack(part) for part in zip(*trained, strict=True))
     scores = memorisation(inside, of_class)
     chosen, half = top(scores), own.models // 2

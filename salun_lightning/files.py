@@ -1,5 +1,6 @@
 """Files that appear whole or not at all: the one writer, and a reader that does not trust what it finds."""
 
+import hashlib
 import json
 import math
 import os
@@ -150,6 +151,11 @@ def _finite(content: Any) -> Any:
     if isinstance(content, list | tuple):
         return [_finite(value) for value in content]
     return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def digest(content: Any) -> str:
+    """A short name for what can be written as JSON."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def read_json(path: Path) -> dict[str, Any]:

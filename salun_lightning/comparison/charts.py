@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from salun_lightning.comparison.report import Results, Table, retrained_pairs
+from salun_lightning.comparison.paired import Results, Table, retrained_pairs
 from salun_lightning.evidence.gaps import average_gap, gaps
 
 WIDTH = 340
@@ -44,7 +44,7 @@ def _distances(results: Results, table: Table, row: str, name: str) -> list[floa
 
 def _noise(results: Results, table: Table, name: str) -> float | None:
     """How far models that were retrained for the same run are from each other, as a mean over all pairs."""
-    pairs = retrained_pairs(results, table)
+    pairs = [(one["metrics"], other["metrics"]) for of_run in retrained_pairs(results, table).values() for one, other in of_run]
     if name == "gap":
         found = [gap for pair in pairs if (gap := average_gap(*pair, table.metrics)) is not None]
     else:

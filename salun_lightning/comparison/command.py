@@ -12,9 +12,10 @@ import salun_lightning
 from salun_lightning.cli import program
 from salun_lightning.comparison.figures import Figures
 from salun_lightning.comparison.helper import helpers
+from salun_lightning.comparison.paired import Results, Table
 from salun_lightning.comparison.plan import Cell, Plan
 from salun_lightning.comparison.plots import plot, plot_samples
-from salun_lightning.comparison.report import Results, Table, markdown, summarise
+from salun_lightning.comparison.report import markdown, summarise
 from salun_lightning.comparison.rows import ConfigFile, Row, Source, all_rows, row_called, row_of
 from salun_lightning.comparison.schedule import CellsFailed, Schedule
 from salun_lightning.configurations import located

@@ -10,8 +10,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 import salun_lightning
 from salun_lightning.comparison import charts
+from salun_lightning.comparison.paired import Results, Table
 from salun_lightning.comparison.plan import Cell
-from salun_lightning.comparison.report import Results, Table, caption, gaps_by_case, table_rows
+from salun_lightning.comparison.report import caption, gaps_by_case, table_rows
 from salun_lightning.evidence.predictions import Predictions
 from salun_lightning.files import read_json, write_text
 

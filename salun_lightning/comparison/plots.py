@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from salun_lightning.comparison.paired import Results, Table
 from salun_lightning.comparison.plan import Cell, slug
-from salun_lightning.comparison.report import Results, Table
 from salun_lightning.evidence.gaps import average_gap, finite
 
 _PERCENT = {"UA", "RA", "TA", "MIA", "acc"}

@@ -2,39 +2,19 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from itertools import combinations
 from statistics import fmean, stdev
 from typing import Any
 
-from salun_lightning.evidence.gaps import METRICS, average_gap, finite
+from salun_lightning.comparison.paired import Results, Table, above, gaps_by_run
+from salun_lightning.evidence.gaps import finite
 
-Results = Mapping[tuple[str, Any], dict[str, Any]]
-"""What each cell measured, by row and run (seed and case)."""
-
+_NEAR = " ≈"
 _MEANING = {
     "UA": "UA: unlearning accuracy in percent, 100 minus the accuracy on what was forgotten.",
     "entropy": "entropy: of the classifier's answer to images of the forgotten class, in nats.",
     "acc": "acc: how many generated images of the other classes are recognised, in percent.",
     "FID": "FID: distance of generated images of the other classes to real ones.",
 }
-
-
-@dataclass
-class Table:
-    """What the table is made of.
-
-    Args:
-        reference: The row that gaps are measured against.
-        noise_floor: The rows that repeat the reference with other seeds; in the table the first stands for all.
-        metrics: The columns, as ``test`` names them.
-        gap: Whether the average gap over them is a column.
-    """
-
-    reference: str = "Retrain"
-    noise_floor: list[str] = field(default_factory=list)
-    metrics: list[str] = field(default_factory=lambda: list(METRICS))
-    gap: bool = True
 
 
 def summarise(results: Results, table: Table) -> dict[str, dict[str, dict[str, float]]]:
@@ -44,6 +24,9 @@ def summarise(results: Results, table: Table) -> dict[str, dict[str, dict[str, f
     the seconds of training, as fractions of the reference's. Each figure is computed for each run that has both models, and
     then averaged. The rows of the noise floor become one row: its gap is that of all pairs of models that were retrained for
     the same run, the reference among them.
+
+    ``above_floor`` and ``above_best`` are how much larger the gap of a row is than the noise floor, and than that of the row
+    with the smallest mean, in the same run: mean, ends of the 95 % interval, and number of runs.
     """
     rows: dict[str, dict[str, list[float]]] = {}
     for (row, run), result in results.items():
@@ -54,17 +37,12 @@ def summarise(results: Results, table: Table) -> dict[str, dict[str, dict[str, f
             if metric in measured:
                 figures[metric].append(measured[metric])
         paired = results.get((table.reference, run))
-        if paired is None:
-            continue
         for name, counted in (("cost", "passes"), ("time", "seconds")):
-            if result.get(counted) and paired.get(counted):
+            if paired and result.get(counted) and paired.get(counted):
                 figures[name].append(result[counted] / paired[counted])
-        if row not in table.noise_floor:
-            figures["gap"] += _gap(measured, paired["metrics"], table)
-    if table.noise_floor and table.noise_floor[0] in rows:
-        pairs = retrained_pairs(results, table)
-        rows[table.noise_floor[0]]["gap"] = [gap for pair in pairs for gap in _gap(*pair, table)]
-    return {
+    for row, of_row in gaps_by_run(results, table).items():
+        rows[row]["gap"] = [gap for gaps in of_row.values() for gap in gaps]
+    summary = {
         row: {
             name: {"mean": fmean(values), "std": stdev(values) if len(values) > 1 else 0.0, "runs": len(values)}
             for name, values in figures.items()
@@ -72,31 +50,30 @@ def summarise(results: Results, table: Table) -> dict[str, dict[str, dict[str, f
         }
         for row, figures in rows.items()
     }
+    for name, other in (("above_floor", next(iter(table.noise_floor), None)), ("above_best", _best(summary, table))):
+        for row, interval in above(results, table, other).items():
+            summary[row][name] = interval
+    return summary
 
 
-def retrained_pairs(results: Results, table: Table) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """The figures of each two models that were retrained for the same run: how far they are apart is the noise floor."""
-    retrained: dict[Any, list[dict[str, Any]]] = {}
-    for (row, run), result in results.items():
-        if row in (table.reference, *table.noise_floor):
-            retrained.setdefault(run, []).append(result["metrics"])
-    return [pair for models in retrained.values() for pair in combinations(models, 2)]
-
-
-def _gap(one: Mapping[str, Any], other: Mapping[str, Any], table: Table) -> list[float]:
-    """The average gap of two models, if it is asked for and they have one."""
-    gap = average_gap(one, other, table.metrics) if table.gap else None
-    return [] if gap is None else [gap]
+def _best(summary: Mapping[str, Any], table: Table) -> str | None:
+    """The row with the smallest gap."""
+    gaps = {row: figures["gap"]["mean"] for row, figures in summary.items() if "gap" in figures}
+    return min((row for row in gaps if row not in (table.reference, *table.noise_floor)), key=gaps.__getitem__, default=None)
 
 
 def table_rows(summary: Mapping[str, Any], results: Results, table: Table) -> tuple[list[str], list[list[str]]]:
     """The columns of the table, and each row with its name in front."""
-    columns = [*table.metrics, *(["avg. gap"] if table.gap else []), "cost", "run time"]
+    floor = any("above_floor" in figures for figures in summary.values())
+    gap = ["avg. gap", *(["above the floor"] if floor else [])] if table.gap else []
+    columns = [*table.metrics, *gap, "cost", "run time"]
     rows = []
     for row, figures in summary.items():
         cells = [_cell(figures, metric, 2) for metric in table.metrics]
         if table.gap:
             cells.append(_gap_cell(figures, row, table))
+        if floor:
+            cells.append(_interval(figures["above_floor"]) if "above_floor" in figures else "-")
         rows.append([_marked(row, results, table), *cells, _cell(figures, "cost", 3), _cell(figures, "time", 3)])
     return columns, rows
 
@@ -114,7 +91,12 @@ def gaps_by_case(results: Results, table: Table) -> tuple[list[str], list[list[s
         for case in cases
     ]
     names = list(dict.fromkeys(row for summary in by_case for row in summary))
-    return cases, [[name, *(_gap_cell(summary.get(name, {}), name, table) for summary in by_case)] for name in names]
+    return cases, [[name, *(_gap_and_mark(summary.get(name, {}), name, table) for summary in by_case)] for name in names]
+
+
+def _gap_and_mark(figures: Mapping[str, Any], row: str, table: Table) -> str:
+    near = "above_floor" in figures and figures["above_floor"]["low"] <= 0 and figures["above_floor"]["runs"] > 1
+    return _gap_cell(figures, row, table) + _NEAR * near
 
 
 def _gap_cell(figures: Mapping[str, Any], row: str, table: Table) -> str:
@@ -188,6 +170,24 @@ def caption(summary: Mapping[str, Any], results: Results, table: Table, first: M
             f"The noise floor is how far models that are retrained for the same run, with seeds of their own, are from each"
             f" other: {floor['mean']:.2f} ± {floor['std']:.2f} over {floor['runs']} pairs. A gap below it says nothing."
         )
+    return lines + _told_apart(summary, table, len(cases) > 1)
+
+
+def _told_apart(summary: Mapping[str, Any], table: Table, cases: bool) -> list[str]:
+    """What the differences within runs say: of each row to the noise floor, and to the best row."""
+    lines = []
+    if any("above_floor" in figures for figures in summary.values()):
+        lines.append(
+            "above the floor: the avg. gap of a row minus the noise floor of the same run, and its 95 % interval (Student's t)"
+            " over the runs." + f" In a case,{_NEAR} marks a gap whose interval reaches 0." * cases
+        )
+    intervals = {row: figures["above_best"] for row, figures in summary.items() if "above_best" in figures}
+    if any(interval["runs"] > 1 for interval in intervals.values()):
+        near = [row for row, interval in intervals.items() if interval["low"] <= 0]
+        lines.append(
+            f"{_best(summary, table)} has the smallest avg. gap. Not to be told from it, as the 95 % interval of the difference"
+            f" in the same run reaches 0: {_listed(near) if near else 'none'}. (The smallest of many is in part the luckiest.)"
+        )
     return lines
 
 
@@ -233,6 +233,10 @@ def _run_name(results: Results, run: Any) -> str:
 
 def _place(row: str, result: Mapping[str, Any]) -> str:
     return f"{row}, seed {result['seed']}" + (f", {result['case']}" if result.get("case") else "")
+
+
+def _interval(found: Mapping[str, float]) -> str:
+    return f"{found['mean']:.2f}" + (f" [{found['low']:.2f}, {found['high']:.2f}]" if found["runs"] > 1 else "")
 
 
 def _cell(figures: Mapping[str, Any], name: str, digits: int) -> str:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from statistics import fmean
+from statistics import fmean, stdev
 
 METRICS = ("UA", "RA", "TA", "MIA")
 """The figures of classifiers (Fan et al., ICLR 2024), in percent."""
@@ -42,3 +42,25 @@ def average_gap(
     """
     found = gaps(metrics, reference, names)
     return fmean(map(abs, found.values())) if len(found) == len(names) else None
+
+
+def paired_interval(differences: Sequence[float]) -> dict[str, float]:
+    """The mean of differences between pairs, and the ends of its 95 % interval (Student's t, over the pairs).
+
+    Args:
+        differences: One number for each pair, such as for each seed the gap of one method minus that of another.
+
+    Returns:
+        ``mean``, ``low``, ``high`` and ``runs``; of a single pair the ends are infinite.
+
+    Example:
+        >>> {name: round(value, 3) for name, value in paired_interval([1.0, 2.0, 3.0]).items()}
+        {'mean': 2.0, 'low': -0.484, 'high': 4.484, 'runs': 3}
+    """
+    mean, count = fmean(differences), len(differences)
+    if count < 2:
+        return {"mean": mean, "low": -math.inf, "high": math.inf, "runs": count}
+    from scipy.special import stdtrit
+
+    half = float(stdtrit(count - 1, 0.975)) * stdev(differences) / math.sqrt(count)
+    return {"mean": mean, "low": mean - half, "high": mean + half, "runs": count}

@@ -16,9 +16,9 @@ from salun_lightning.comparison.rows import Row, Source
 from salun_lightning.comparison.schedule import Schedule
 from salun_lightning.configurations import tuned_folder
 from salun_lightning.evidence.gaps import average_gap
-from salun_lightning.files import set_aside, write_text
+from salun_lightning.files import digest, set_aside, write_text
 from salun_lightning.search.space import read_space, size
-from salun_lightning.search.trials import WORST, Claimed, Trials, digest
+from salun_lightning.search.trials import WORST, Claimed, Trials
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage

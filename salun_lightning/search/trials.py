@@ -1,7 +1,5 @@
 """The trials of one method, kept in a journal that any number of processes share."""
 
-import hashlib
-import json
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -13,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
+from salun_lightning.files import digest
 from salun_lightning.search.space import Range, Space, grid, planned, size, spread, wider
 
 if TYPE_CHECKING:
@@ -274,11 +273,6 @@ class Trials:
 
     def _place(self, options: Mapping[str, Any]) -> Path:
         return self.folder / digest(options)
-
-
-def digest(content: Any) -> str:
-    """A short name for what can be written as JSON."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _sampler(seed: int) -> "optuna.samplers.BaseSampler":

@@ -11,8 +11,9 @@ import torch
 
 from salun_lightning.comparison.charts import curve, doubt_at, gap_panels, strips
 from salun_lightning.comparison.page import write_page
+from salun_lightning.comparison.paired import Table
 from salun_lightning.comparison.plan import Cell
-from salun_lightning.comparison.report import Table, summarise, table_rows
+from salun_lightning.comparison.report import summarise, table_rows
 from salun_lightning.evidence.measures import figures
 from salun_lightning.evidence.predictions import PredictedSet, Predictions
 from salun_lightning.files import write_json
@@ -117,7 +118,7 @@ def test_its_values_are_those_of_the_table(made: Any) -> None:
     columns, rows = table_rows(summary, results, TABLE)
     assert page.rows == [["", *columns], *rows]
     assert len(rows) == len(ROWS)
-    assert all(re.fullmatch(r"-?[\d.]+ ± [\d.]+|0", value) for row in rows for value in row[1:])
+    assert all(re.fullmatch(r"-?[\d.]+ ± [\d.]+|0|-|-?[\d.]+ \[-?[\d.]+, [\d.]+\]", value) for row in rows for value in row[1:])
 
 
 def test_nothing_is_loaded_and_nothing_is_run(made: Any) -> None:

@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from scipy.stats import ttest_1samp
 
+from salun_lightning.comparison.paired import Table
 from salun_lightning.comparison.plots import plot
-from salun_lightning.comparison.report import Table, gaps_by_case, markdown, summarise
+from salun_lightning.comparison.report import gaps_by_case, markdown, summarise
 from salun_lightning.evidence.gaps import average_gap
 
 TABLE = Table("Retrain", ["Retrain again"])
@@ -72,10 +74,56 @@ def test_gap_of_means_is_not_mean_of_gaps() -> None:
 def test_table(results: Any) -> None:
     table = markdown(summarise(results, TABLE), results, TABLE).splitlines()
     assert table[2].startswith("| Retrain | 6.00 ± 1.41 | 100.00 ± 0.00 |")
-    assert "| 0 | 1.000 ± 0.000 | 1.000 ± 0.000 |" in table[2]
+    assert "| 0 | - | 1.000 ± 0.000 | 1.000 ± 0.000 |" in table[2]
     assert table[3].startswith("| Retrain again (noise floor) | 6.00 ± 0.00 |")
-    assert "| 1.75 ± 0.35 | 0.150 ± 0.071 | 0.150 ± 0.071 |" in table[4]
+    # only the run of seed 1 has a second retrained model: 1.5 - 0.5, and no interval
+    assert "| 1.75 ± 0.35 | 1.00 | 0.150 ± 0.071 | 0.150 ± 0.071 |" in table[4]
     assert "- SalUn: `python train.py fit SalUn 1`" in table
+
+
+def test_differences_are_paired_by_run() -> None:
+    """Each seed has another level, which the differences within seeds do not see."""
+    table = Table("Retrain", ["Retrain again", "Retrain a third time"], metrics=["UA"])
+    level, floor = {1: 0.0, 2: 30.0, 3: 60.0}, {1: (2, 4), 2: (0, 6), 3: (0, 0)}
+    gaps = {"near": {1: 3.0, 2: 4.1, 3: 0.2}, "also near": {1: 3.5, 2: 3.9, 3: 0.9}, "far": {1: 9.0, 2: 11.0, 3: 8.0}}
+    cells = [cell("Retrain", seed, (level[seed], 0, 0, 0), 1) for seed in level]
+    for seed, further in floor.items():
+        cells += [cell(row, seed, (level[seed] + ua, 0, 0, 0), 1) for row, ua in zip(table.noise_floor, further, strict=True)]
+    cells += [cell(row, seed, (level[seed] - gap, 0, 0, 0), 1) for row, of_row in gaps.items() for seed, gap in of_row.items()]
+    summary = summarise(keyed(cells), table)
+    between = {seed: (a + b + abs(a - b)) / 3 for seed, (a, b) in floor.items()}
+    for row, of_row in gaps.items():
+        for name, other in (("above_floor", between), ("above_best", gaps["near"])):
+            if other is of_row:
+                assert name not in summary[row]
+                continue
+            found = ttest_1samp([of_row[seed] - other[seed] for seed in level], 0.0).confidence_interval(0.95)
+            mean = sum(of_row[seed] - other[seed] for seed in level) / 3
+            expected = {"mean": mean, "low": float(found.low), "high": float(found.high), "runs": 3}
+            assert summary[row][name] == pytest.approx(expected, abs=1e-9)
+    text = markdown(summary, keyed(cells), table)
+    assert "| avg. gap | above the floor | cost |" in text
+    assert "| far | " in text
+    low, high = (summary["far"]["above_floor"][end] for end in ("low", "high"))
+    assert f"| 7.11 [{low:.2f}, {high:.2f}] |" in text
+    assert "near has the smallest avg. gap. Not to be told from it" in text
+    assert "reaches 0: also near." in text
+
+
+def test_a_gap_near_the_floor_of_its_case_is_marked() -> None:
+    table = Table("Retrain", ["Retrain again"], metrics=["UA"])
+    cells = []
+    for case in ("easy", "hard"):
+        for seed in (1, 2, 3):
+            cells.append(cell("Retrain", seed, (50, 0, 0, 0), 1, case))
+            cells.append(cell("Retrain again", seed, (50 + seed, 0, 0, 0), 1, case))
+            cells.append(cell("SalUn", seed, (50 + (5 - seed if case == "easy" else 40 + seed), 0, 0, 0), 1, case))
+    columns, rows = gaps_by_case(keyed(cells), table)
+    assert columns == ["easy", "hard"]
+    assert rows[2] == ["SalUn", "3.00 ± 1.00 ≈", "42.00 ± 1.00"]  # 4 - 1, 3 - 2, 2 - 3 reach 0
+    assert "≈ marks a gap whose interval reaches 0" in markdown(summarise(keyed(cells), table), keyed(cells), table)
+    once = keyed([each for each in cells if each["seed"] == 3])
+    assert gaps_by_case(once, table)[1][2] == ["SalUn", "2.00 ± 0.00", "43.00 ± 0.00"]  # one run has no interval
 
 
 def test_a_row_without_a_reference_has_no_gap(results: Any) -> None:

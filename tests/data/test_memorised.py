@@ -1,6 +1,8 @@
 """The most memorised tenth of a training set: how it is found, and the file of it that is shipped."""
 
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -51,6 +53,43 @@ def test_the_script_writes_a_request(script: ModuleType, tmp_path: Path, capsys:
     datamodule = DigitsDataModule(forget=ForgetIndices(tmp_path / "once.txt"), val_fraction=0.1)
     datamodule.setup()
     assert len(datamodule.forget_indices) == 129
+
+
+def test_answers_that_are_kept_are_not_asked_for_again(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quick = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--trainer.accelerator=cpu"]
+    arguments = [f"--folder={tmp_path / 'kept'}", f"--out={tmp_path / 'found.txt'}", *quick]
+    script.main(["--models=2", f"--out={tmp_path / 'at_once.txt'}", *quick])
+    train_one, seeds = script.train_one, []
+
+    def counted(task: str, seed: int, folder: str, options: list[str]) -> object:
+        seeds.append(seed)
+        if seeds == [10_000, 10_001]:
+            raise KeyboardInterrupt  # killed in the second model
+        return train_one(task, seed, folder, options)
+
+    monkeypatch.setattr(script, "train_one", counted)
+    with pytest.raises(KeyboardInterrupt):
+        script.main(["--models=2", *arguments])
+    script.main(["--models=2", *arguments])
+    assert seeds == [10_000, 10_001, 10_001]
+    assert (tmp_path / "found.txt").read_text() == (tmp_path / "at_once.txt").read_text()
+    script.main(["--models=1", "--trainer.limit_train_batches=1", *arguments])  # other options, other answers
+    assert seeds[3:] == [10_000]
+
+
+def test_a_model_that_another_process_trains_is_waited_for(script: ModuleType, tmp_path: Path) -> None:
+    quick = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=1", "--trainer.accelerator=cpu"]
+    command = [sys.executable, str(CONFIGS / "memorised.py"), "--models=3", f"--folder={tmp_path / 'kept'}", *quick]
+    runs = [
+        subprocess.Popen([*command, f"--out={tmp_path / name}"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for name in ("a.txt", "b.txt")
+    ]
+    said = [run.communicate(timeout=120)[0] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], said
+    assert len(list((tmp_path / "kept").glob("*.pt"))) == 3
+    assert (tmp_path / "a.txt").read_text() == (tmp_path / "b.txt").read_text()
 
 
 def test_the_shipped_request(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
