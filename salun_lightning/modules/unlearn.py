@@ -17,6 +17,8 @@ from salun_lightning.methods.base import Method, all_of
 from salun_lightning.methods.one_shot import OneShot
 from salun_lightning.modules.base import UnlearningModule
 from salun_lightning.modules.classifier import ImageClassifier
+from salun_lightning.modules.record import KEY, check_resumed, record_of
+from salun_lightning.weights import fingerprint
 
 _MISSING = object()
 
@@ -30,12 +32,14 @@ class Unlearn(Callback):
     and is of the set ``val`` alone. The method and its hooks see a :class:`ForeignClassifier` around the module. With
     ``SaliencyMasking`` the saliency is that of the true labels. After the fit, the module is as it was, but for its weights.
 
+    The original model is what the module holds when the fit starts, also if a run is resumed: load its weights before.
+
     Args:
         method: How it forgets.
 
     Raises:
         MisconfigurationException: The module has a method of its own, optimizes manually, or comes without a
-            ``ForgetRetainDataModule``.
+            ``ForgetRetainDataModule``; or the run that is resumed had another method, seed or original model.
 
     Example:
         >>> from salun_lightning.methods import RandomLabel
@@ -45,6 +49,7 @@ class Unlearn(Callback):
     def __init__(self, method: Method) -> None:
         self.method = method
         self._view: ForeignClassifier | None = None
+        self._made_by: dict[str, Any] = {}
         self._before: list[tuple[Any, str, Any]] = []
 
     @property
@@ -65,6 +70,9 @@ class Unlearn(Callback):
         view = self._view = ForeignClassifier(pl_module, method=self.method)
         view.trainer = trainer
         view.setup(stage)
+        refers = any(method.needs_original for method in all_of(self.method))
+        original = fingerprint(pl_module.named_parameters()) if refers else None
+        self._made_by = {**record_of(view, self.method), "original": original}
         self._stand_in(
             pl_module, training_step=lambda batch, batch_idx: view.training_step(batch), forget_loss=view.forget_loss
         )
@@ -88,12 +96,18 @@ class Unlearn(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {method.state_key: method.state_dict() for method in all_of(self.method)}
+        states = {method.state_key: method.state_dict() for method in all_of(self.method)}
+        return {KEY: self._made_by, "states": states}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        check_resumed(state_dict[KEY], self.method)
+        if self._made_by["original"] != state_dict[KEY]["original"]:
+            raise MisconfigurationException(
+                "The module does not hold the original model that the resumed run started from. Load that before the fit."
+            )
         for method in all_of(self.method):
-            method.load_state_dict(state_dict[method.state_key])
+            method.load_state_dict(state_dict["states"][method.state_key])
 
 
 class ForeignClassifier(ImageClassifier):

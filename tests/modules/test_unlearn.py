@@ -218,6 +218,20 @@ def test_a_run_that_was_killed_goes_on_with_the_same_bits(tmp_path: Path) -> Non
     assert same(weights(again), weights(expected))
 
 
+def test_a_run_is_only_resumed_with_its_original_and_its_method(tmp_path: Path) -> None:
+    fit(tmp_path, BadTeacher(), max_epochs=1).trainer.save_checkpoint(tmp_path / "last.ckpt")
+    elsewhere = Theirs()
+    with torch.no_grad():
+        next(elsewhere.parameters()).add_(1.0)  # a new process, in which nobody has loaded the original model
+    with pytest.raises(MisconfigurationException, match="does not hold the original model that the resumed run started from"):
+        fit(tmp_path, BadTeacher(), module=elsewhere, ckpt_path=tmp_path / "last.ckpt")
+    with pytest.raises(MisconfigurationException, match=r"with the method BadTeacher\(.*but this one has RandomLabel\("):
+        fit(tmp_path, RandomLabel(order="mixed"), ckpt_path=tmp_path / "last.ckpt")
+    fit(tmp_path, FineTune(), max_epochs=1).trainer.save_checkpoint(tmp_path / "plain.ckpt")
+    resumed = fit(tmp_path, FineTune(), module=elsewhere, ckpt_path=tmp_path / "plain.ckpt")  # does not refer to an original
+    assert resumed.trainer.current_epoch == 2
+
+
 def test_a_method_for_whole_classes_finds_the_head(tmp_path: Path) -> None:
     theirs = fit(tmp_path, TSBGRM())
     moved = [name for name, tensor in weights(network()).items() if not torch.equal(weights(theirs.network)[name], tensor)]
