@@ -78,20 +78,24 @@ def table_rows(summary: Mapping[str, Any], results: Results, table: Table) -> tu
     return columns, rows
 
 
+def each_case(results: Results) -> dict[str, Results]:
+    """What was measured in each case; empty where there are no two."""
+    cases: dict[str, None] = dict.fromkeys(result.get("case", "") for result in results.values())
+    found: dict[str, Results] = {
+        case: {place: result for place, result in results.items() if result.get("case", "") == case} for case in cases
+    }
+    return found if len(found) > 1 else {}
+
+
 def gaps_by_case(results: Results, table: Table) -> tuple[list[str], list[list[str]]]:
     """The average gap of each row in each case: the columns, and the rows with their names in front.
 
     There are none where there are no two cases.
     """
-    cases = list(dict.fromkeys(result.get("case", "") for result in results.values()))
-    if len(cases) < 2 or not table.gap:
-        return [], []
-    by_case = [
-        summarise({place: result for place, result in results.items() if result.get("case", "") == case}, table)
-        for case in cases
-    ]
-    names = list(dict.fromkeys(row for summary in by_case for row in summary))
-    return cases, [[name, *(_gap_and_mark(summary.get(name, {}), name, table) for summary in by_case)] for name in names]
+    by_case = {case: summarise(measured, table) for case, measured in each_case(results).items() if table.gap}
+    names = list(dict.fromkeys(row for summary in by_case.values() for row in summary))
+    rows = [[name, *(_gap_and_mark(summary.get(name, {}), name, table) for summary in by_case.values())] for name in names]
+    return [*by_case], rows
 
 
 def _gap_and_mark(figures: Mapping[str, Any], row: str, table: Table) -> str:
@@ -120,6 +124,9 @@ def markdown(summary: Mapping[str, Any], results: Results, table: Table, first: 
     one = next(iter(results), ("", None))[1]
     lines += ["", f"One row again by itself ({_run_name(results, one)}):", ""]
     lines += [f"- {row}: `{result['command']}`" for (row, run), result in results.items() if run == one]
+    for case, measured in each_case(results).items():
+        of_case = summarise(measured, table)
+        lines += ["", f"## {case}", "", *_lines(*table_rows(of_case, measured, table)), "", *levels(of_case, table)]
     return "\n".join(lines) + "\n"
 
 
@@ -164,22 +171,22 @@ def caption(summary: Mapping[str, Any], results: Results, table: Table, first: M
     threads = sorted({result["threads"] for result in results.values() if "threads" in result})
     with_threads = f", with {_listed([str(number) for number in threads])} thread{'s' * (threads != [1])}" if threads else ""
     lines.append(f"Run time: as a fraction of {table.reference}'s, the saliency pass included{with_threads}.")
+    if any("above_floor" in figures for figures in summary.values()):
+        lines.append(
+            "above the floor: the avg. gap of a row minus the noise floor of the same run, and its 95 % interval (Student's t)"
+            " over the runs." + f" In a case,{_NEAR} marks a gap whose interval reaches 0." * (len(cases) > 1)
+        )
+    return lines + levels(summary, table)
+
+
+def levels(summary: Mapping[str, Any], table: Table) -> list[str]:
+    """Where the noise floor lies, and which rows cannot be told from the best one, in sentences."""
+    lines = []
     floor = summary.get(table.noise_floor[0], {}).get("gap") if table.noise_floor else None
     if floor:
         lines.append(
             f"The noise floor is how far models that are retrained for the same run, with seeds of their own, are from each"
             f" other: {floor['mean']:.2f} ± {floor['std']:.2f} over {floor['runs']} pairs. A gap below it says nothing."
-        )
-    return lines + _told_apart(summary, table, len(cases) > 1)
-
-
-def _told_apart(summary: Mapping[str, Any], table: Table, cases: bool) -> list[str]:
-    """What the differences within runs say: of each row to the noise floor, and to the best row."""
-    lines = []
-    if any("above_floor" in figures for figures in summary.values()):
-        lines.append(
-            "above the floor: the avg. gap of a row minus the noise floor of the same run, and its 95 % interval (Student's t)"
-            " over the runs." + f" In a case,{_NEAR} marks a gap whose interval reaches 0." * cases
         )
     intervals = {row: figures["above_best"] for row, figures in summary.items() if "above_best" in figures}
     if any(interval["runs"] > 1 for interval in intervals.values()):

@@ -2,6 +2,7 @@
 
 import base64
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,22 @@ def test_its_values_are_those_of_the_table(made: Any) -> None:
     assert page.rows == [["", *columns], *rows]
     assert len(rows) == len(ROWS)
     assert all(re.fullmatch(r"-?[\d.]+ ± [\d.]+|0|-|-?[\d.]+ \[-?[\d.]+, [\d.]+\]", value) for row in rows for value in row[1:])
+
+
+def test_each_case_has_a_table_of_its_own(tmp_path: Path) -> None:
+    cells = {}
+    for case, name in (("easy", ROWS[2]), ("easy", ROWS[3]), ("hard", ROWS[2]), ("hard", ROWS[4])):
+        cell, result = finished(tmp_path / case, name, 1, None)
+        cells[replace(cell, case=case)] = {**result, "case": case}
+    results = {(cell.row, cell.run): result for cell, result in cells.items()}
+    write_page(tmp_path / "report.html", summarise(results, TABLE), results, TABLE, list(cells))
+    texts = parsed(tmp_path / "report.html").texts
+    easy, hard = (texts.index(f"All figures of {case}") for case in ("easy", "hard"))
+    for name, case, start, end in ((ROWS[3], "easy", easy, hard), (ROWS[4], "hard", hard, len(texts))):
+        figures_of = results[name, (1, case)]["metrics"]
+        place = texts[start:end].index(name)
+        assert texts[start:end][place + 1] == f"{figures_of['UA']:.2f} ± 0.00"
+    assert ROWS[4] not in texts[easy:hard]
 
 
 def test_nothing_is_loaded_and_nothing_is_run(made: Any) -> None:

@@ -122,6 +122,9 @@ def test_a_gap_near_the_floor_of_its_case_is_marked() -> None:
     assert columns == ["easy", "hard"]
     assert rows[2] == ["SalUn", "3.00 ± 1.00 ≈", "42.00 ± 1.00"]  # 4 - 1, 3 - 2, 2 - 3 reach 0
     assert "≈ marks a gap whose interval reaches 0" in markdown(summarise(keyed(cells), table), keyed(cells), table)
+    of_case = markdown(summarise(keyed(cells), table), keyed(cells), table).split("\n## hard\n")[1]
+    assert "| SalUn | 92.00 ± 1.00 | 42.00 ± 1.00 | 40.00 [40.00, 40.00] |" in of_case
+    assert "from each other: 2.00 ± 1.00 over 3 pairs." in of_case
     once = keyed([each for each in cells if each["seed"] == 3])
     assert gaps_by_case(once, table)[1][2] == ["SalUn", "2.00 ± 0.00", "43.00 ± 0.00"]  # one run has no interval
 
