@@ -3,8 +3,8 @@
 from salun_lightning.data.augment import RandomCropFlip
 from salun_lightning.data.cifar import CIFAR10DataModule, CIFAR100DataModule
 from salun_lightning.data.datamodule import ForgetRetainDataModule, Sources
-from salun_lightning.data.digits import DigitsDataModule
-from salun_lightning.data.forget import ForgetClasses, ForgetIndices, ForgetRandom, ForgetRequest
+from salun_lightning.data.digits import DigitPromptsDataModule, DigitsDataModule
+from salun_lightning.data.forget import ForgetClasses, ForgetConcepts, ForgetIndices, ForgetRandom, ForgetRequest
 from salun_lightning.data.image_folder import ImageFolderDataModule
 from salun_lightning.data.order import Order, epoch_seed, run_seed
 from salun_lightning.data.samples import ImageTensors, Samples, joined
@@ -15,8 +15,10 @@ from salun_lightning.data.wrong_labels import WrongLabels
 __all__ = [
     "CIFAR10DataModule",
     "CIFAR100DataModule",
+    "DigitPromptsDataModule",
     "DigitsDataModule",
     "ForgetClasses",
+    "ForgetConcepts",
     "ForgetIndices",
     "ForgetRandom",
     "ForgetRequest",

@@ -69,6 +69,8 @@ class ForgetRetainDataModule(LightningDataModule):
     """Positions of the retain set in the training data, ascending int64; after ``setup``."""
     forgotten_classes: list[int]
     """The classes that are forgotten whole; after ``setup``."""
+    anchors: dict[int, str]
+    """The prompt in the place of each class that is forgotten whole, where the request names one; after ``setup``."""
 
     def __init__(
         self,
@@ -130,6 +132,7 @@ class ForgetRetainDataModule(LightningDataModule):
         self._train, self._train_targets = train, split.targets
         self.forget_indices, self.retain_indices = split.forget, split.retain
         self.forgotten_classes = [] if self.forget is None else self.forget.classes(self.class_names)
+        self.anchors = {} if self.forget is None else self.forget.anchors(self.class_names)
         gone = torch.isin(test_targets, torch.tensor(self.forgotten_classes))
         self._sets = {
             "forget": (train, self._train_targets, self.forget_indices),

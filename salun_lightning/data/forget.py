@@ -40,6 +40,10 @@ class ForgetRequest(ABC):
         """The classes that are forgotten whole, and therefore leave the test set; none unless stated."""
         return []
 
+    def anchors(self, class_names: Sequence[str]) -> dict[int, str]:
+        """What stands in the place of each class that is forgotten whole, where the request says so: a prompt, by class."""
+        return {}
+
 
 class ForgetClasses(ForgetRequest):
     """Forget every training image of some classes (class-wise forgetting).
@@ -69,6 +73,66 @@ class ForgetClasses(ForgetRequest):
     @override
     def indices(self, targets: Tensor, class_names: Sequence[str], trained: Tensor) -> Tensor:
         return trained[torch.isin(targets[trained], torch.tensor(self.classes(class_names)))]
+
+
+class ForgetConcepts(ForgetRequest):
+    """Forget every training image whose prompt names a concept. The prompts are the classes.
+
+    Args:
+        concepts: Each concept, and the anchor that stands in its place: in a prompt, every occurrence of the concept as whole
+            words is replaced by the anchor. With ``{"church": "field"}``, "a church by a river" becomes "a field by a river".
+
+    Raises:
+        ValueError: No concept is named, an anchor is the concept itself or contains one of them, or no prompt names a concept.
+
+    Example:
+        >>> prompts = ["a seven", "an eight", "a seven beside a three"]
+        >>> ForgetConcepts({"seven": "nine"}).anchors(prompts)
+        {0: 'a nine', 2: 'a nine beside a three'}
+    """
+
+    def __init__(self, concepts: dict[str, str]) -> None:
+        if not concepts or not all(concept.strip() for concept in concepts):
+            raise ValueError("No concept is named. Give some with their anchors, such as {church: field}.")
+        for concept, anchor in concepts.items():
+            named = next((other for other in concepts if _names(anchor, other)), None)
+            if named is not None:
+                raise ValueError(
+                    f"The anchor '{anchor}' of '{concept}' names '{named}', which is to be forgotten. Give another."
+                )
+        self.concepts = concepts
+
+    @override
+    def classes(self, class_names: Sequence[str]) -> list[int]:
+        for concept in self.concepts:
+            if not any(_names(prompt, concept) for prompt in class_names):
+                raise ValueError(
+                    f"No prompt names the concept '{concept}'. The prompts are {', '.join(class_names[:5])}"
+                    + (f" and {len(class_names) - 5} more." if len(class_names) > 5 else ".")
+                )
+        return [n for n, prompt in enumerate(class_names) if any(_names(prompt, concept) for concept in self.concepts)]
+
+    @override
+    def anchors(self, class_names: Sequence[str]) -> dict[int, str]:
+        replaced = {}
+        for number in self.classes(class_names):
+            prompt = class_names[number]
+            for concept, anchor in self.concepts.items():
+                prompt = anchor.join(re.split(_whole_words(concept), prompt, flags=re.IGNORECASE))
+            replaced[number] = prompt
+        return replaced
+
+    @override
+    def indices(self, targets: Tensor, class_names: Sequence[str], trained: Tensor) -> Tensor:
+        return trained[torch.isin(targets[trained], torch.tensor(self.classes(class_names)))]
+
+
+def _whole_words(phrase: str) -> str:
+    return rf"(?<!\w){re.escape(phrase.strip())}(?!\w)"
+
+
+def _names(prompt: str, concept: str) -> bool:
+    return re.search(_whole_words(concept), prompt, flags=re.IGNORECASE) is not None
 
 
 class ForgetRandom(ForgetRequest):

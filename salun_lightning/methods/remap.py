@@ -32,7 +32,7 @@ class Remap(Method):
     Args:
         alpha: Weight of the retain loss.
         to: Which retained class: ``next`` is the next one by number, as released; ``random`` draws one for each sample anew;
-            a number is that class.
+            a number is that class; ``anchor`` is what the forget request names in its place, for models of prompts.
 
     Raises:
         ValueError: ``alpha`` is negative, there is no such ``to``, or that class is to be forgotten itself.
@@ -42,11 +42,11 @@ class Remap(Method):
     needs_original = True
     kind: Kind = "diffusion"
 
-    def __init__(self, alpha: float = 1.0, to: Literal["next", "random"] | int = "next") -> None:
+    def __init__(self, alpha: float = 1.0, to: Literal["next", "random", "anchor"] | int = "next") -> None:
         if not alpha >= 0:
             raise ValueError(f"alpha must not be negative, got {alpha}.")
-        if not isinstance(to, int) and to not in ("next", "random"):
-            raise ValueError(f"to must be next, random or the number of a class, got {to}.")
+        if not isinstance(to, int) and to not in ("next", "random", "anchor"):
+            raise ValueError(f"to must be next, random, anchor or the number of a class, got {to}.")
         self.alpha = alpha
         self.to = to
 
@@ -58,6 +58,8 @@ class Remap(Method):
             raise ValueError(f"Class {self.to} cannot stand in for what is forgotten: the retained classes are {retained}.")
         if isinstance(self.to, int) and len(retained) == module.num_classes:
             raise ValueError(f"Class {self.to} cannot stand in for itself: no class is forgotten whole. Use next or random.")
+        if self.to == "anchor" and not getattr(module.datamodule, "anchors", {}):
+            raise ValueError("The forget request names no anchor. Give ForgetConcepts, or another class by to.")
         if module.num_classes < 2 or not retained:
             raise ValueError("No class is retained that a forgotten one could be remapped to.")
 
@@ -65,8 +67,10 @@ class Remap(Method):
     def loss(self, module: "UnlearningModule", batch: Mapping[str, Samples]) -> Tensor:
         model, forget = cast("Diffusion", module), part(batch, "forget", self)
         noisy, timesteps, _ = model.noised(forget)
+        anchored = self.to == "anchor"
+        to = model.anchors(forget.targets) if anchored else self.remapped(forget.targets, model.retained_classes)
         with torch.no_grad():
-            other = model.denoise(noisy, timesteps, self.remapped(forget.targets, model.retained_classes), original=True)
+            other = model.denoise(noisy, timesteps, to, original=True)
         loss = functional.mse_loss(model.denoise(noisy, timesteps, forget.targets), other)
         return loss + self.alpha * model.task_loss(part(batch, "retain", self)) if self.alpha else loss
 

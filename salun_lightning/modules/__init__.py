@@ -10,9 +10,9 @@ from salun_lightning.modules.base import UnlearningModule
 from salun_lightning.modules.classifier import ImageClassifier
 from salun_lightning.modules.unlearn import Unlearn
 
-_SLOW = {"ClassDiffusion": "class_diffusion", "Diffusion": "diffusion", "Sampling": "sampling"}
+_SLOW = {"ClassDiffusion": "class_diffusion", "Diffusion": "diffusion", "Sampling": "sampling", "TextToImage": "text_to_image"}
 
-__all__ = ["ClassDiffusion", "Diffusion", "ImageClassifier", "Sampling", "Unlearn", "UnlearningModule"]
+__all__ = ["ClassDiffusion", "Diffusion", "ImageClassifier", "Sampling", "TextToImage", "Unlearn", "UnlearningModule"]
 
 
 def __getattr__(name: str) -> Any:

@@ -22,6 +22,7 @@ from salun_lightning.modules.base import UnlearningModule, set_name
 from salun_lightning.modules.noise import (
     check_schedule,
     check_shape,
+    min_snr_weights,
     paired_timesteps,
     seeded_noise,
     shape_from_config,
@@ -52,6 +53,7 @@ class Diffusion(UnlearningModule):
         network: What is trained.
         noise_scheduler: The noise schedule: any scheduler of diffusers that has one and predicts noise or velocity.
         label_dropout: How often training puts the null condition in the place of the condition.
+        min_snr: Weighs each timestep as Hang et al. (ICCV 2023) do, with their gamma; None weighs all alike.
         sampling: How images are sampled.
         evaluation: Samples images in ``test`` and measures them; it also says which images ``predict`` samples.
         gradient_checkpointing: Whether the network computes activations again in the backward pass, which saves memory.
@@ -71,6 +73,7 @@ class Diffusion(UnlearningModule):
         network: nn.Module,
         noise_scheduler: SchedulerMixin,
         label_dropout: float = 0.0,
+        min_snr: float | None = None,
         sampling: Sampling = Sampling(),  # noqa: B008  # frozen
         evaluation: GenerationEvaluator | None = None,
         gradient_checkpointing: bool = False,
@@ -80,6 +83,9 @@ class Diffusion(UnlearningModule):
         super().__init__(network, optimizer=optimizer, **kwargs)
         if not 0 <= label_dropout <= 1:
             raise ValueError(f"label_dropout must lie between 0 and 1, got {label_dropout}.")
+        if min_snr is not None and not min_snr > 0:
+            raise ValueError(f"min_snr must be positive, got {min_snr}.")
+        self.min_snr = min_snr
         self.process = training_process(noise_scheduler)
         self.scheduler = sampler(sampling.scheduler, self.process)
         self.ddim = sampler(None, self.process)
@@ -149,6 +155,10 @@ class Diffusion(UnlearningModule):
         check_shape(prediction, noisy)
         return prediction.float()
 
+    def anchors(self, targets: Tensor) -> Tensor:
+        """What the forget request names in the place of each condition (B,); only models of prompts know what it means."""
+        raise ValueError(f"{type(self).__name__} knows no anchors. Give the number of a class.")
+
     def _null(self, what: str) -> int:
         if self.null is None:
             raise ValueError(f"{what} needs a null class, and the model has none: give null_class.")
@@ -177,14 +187,15 @@ class Diffusion(UnlearningModule):
 
     @override
     def losses(self, samples: Samples) -> Tensor:
-        """The squared error of each prediction, as a mean over its elements (Ho et al., NeurIPS 2020, equation 14)."""
+        """The squared error of each prediction, a mean over its elements (Ho et al., NeurIPS 2020, equation 14), weighted."""
         noisy, timesteps, wanted = self.noised(samples)
         targets = samples.targets
         if self.label_dropout and self.training:
             dropped = torch.rand(len(targets), device=targets.device) < self.label_dropout
             targets = torch.where(dropped, self._null("Label dropout"), targets)
         error = functional.mse_loss(self.denoise(noisy, timesteps, targets), wanted, reduction="none")
-        return error.flatten(1).mean(1)
+        weights = 1.0 if self.min_snr is None else min_snr_weights(self.process, timesteps, self.min_snr)
+        return weights * error.flatten(1).mean(1)
 
     @override
     def forget_loss(self, samples: Samples) -> Tensor:

@@ -36,6 +36,23 @@ def paired_timesteps(size: int, process: DDPMScheduler, device: torch.device) ->
     return torch.cat([half, last - half])[:size]
 
 
+def min_snr_weights(process: DDPMScheduler, timesteps: Tensor, gamma: float) -> Tensor:
+    r"""Weights of the squared error at timesteps (B,), so that no timestep counts much more than another in terms of images.
+
+    With the signal-to-noise ratio :math:`\bar\alpha_t / (1 - \bar\alpha_t)` it is :math:`\min(SNR, \gamma) / SNR` for a model
+    that predicts noise, and :math:`\min(SNR, \gamma) / (SNR + 1)` for one that predicts velocity (Hang et al., ICCV 2023,
+    section 3.4).
+
+    Args:
+        process: The noise schedule.
+        timesteps: How much noise, (B,).
+        gamma: The largest ratio that counts.
+    """
+    kept: Tensor = process.alphas_cumprod.to(timesteps.device)[timesteps]
+    ratio = kept / (1 - kept)
+    return ratio.clamp(max=gamma) / (ratio if process.config.prediction_type == "epsilon" else ratio + 1)
+
+
 def seeded_noise(latents: Tensor, indices: Tensor, process: DDPMScheduler) -> tuple[Tensor, Tensor]:
     """Timesteps (B,) and noise (B, C, H, W) that depend on the seed of the run and the numbers (B,) of the samples alone."""
     own = generators(torch.zeros_like(indices), indices, run_seed())

@@ -1,0 +1,130 @@
+"""Text-to-image pipelines, such as Stable Diffusion."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+from typing_extensions import override
+
+from salun_lightning.files import whole_folder
+from salun_lightning.modules.diffusion import Diffusion
+from salun_lightning.modules.noise import check_schedule
+from salun_lightning.modules.sampling import Sampling
+from salun_lightning.networks.frozen import Frozen
+from salun_lightning.networks.text_to_image import Embedded, embed, read_text_to_image
+
+
+class TextToImage(Diffusion):
+    """The UNet of a text-to-image pipeline, which is trained; its VAE and text encoders are frozen.
+
+    A condition is the number of a prompt: ``class_names`` of the datamodule are the prompts. All are embedded once. The empty
+    prompt, which guidance needs, comes behind them, and then the anchors: what is drawn in the place of a prompt that is to be
+    forgotten, if the request names any (:attr:`anchors`).
+
+    Args:
+        pipeline: A directory, the name of a pipeline on the hub of Hugging Face, or a pipeline: Stable Diffusion 1, 2 or XL.
+            Its UNet is the original model, unless ``original`` names another one.
+        sampling: How images are sampled.
+        **kwargs: See ``Diffusion``.
+
+    Raises:
+        ValueError: It is no such pipeline, or a prompt is too long.
+    """
+
+    def __init__(
+        self,
+        pipeline: str | DiffusionPipeline,
+        sampling: Sampling = Sampling(guidance=7.5),  # noqa: B008  # frozen
+        **kwargs: Any,
+    ) -> None:
+        read = read_text_to_image(pipeline) if isinstance(pipeline, str | os.PathLike) else pipeline
+        super().__init__(read.unet, read.scheduler, sampling=sampling, **kwargs)
+        self.pipeline = read
+        encoders = [read.components[name] for name in ("text_encoder", "text_encoder_2") if read.components.get(name)]
+        self.encoders = nn.ModuleList(Frozen(encoder) for encoder in encoders)
+        self.vae = Frozen(read.vae)
+        self._embedded: Embedded | None = None
+        self._prompts: list[str] = []
+
+    @override
+    def setup(self, stage: str) -> None:
+        names = self.datamodule.class_names
+        anchored: Mapping[int, str] = getattr(self.datamodule, "anchors", {})
+        further = [prompt for prompt in dict.fromkeys(anchored.values()) if prompt not in names]
+        prompts = [*names, "", *further]
+        if prompts != self._prompts:
+            self._prompts, self._embedded = prompts, None
+        self.null = len(names)
+        self._anchors = torch.tensor([prompts.index(anchored.get(n, name)) for n, name in enumerate(names)])
+        super().setup(stage)
+
+    def anchors(self, targets: Tensor) -> Tensor:
+        """The prompt in the place of each prompt that is forgotten, and each other one itself; int64 of shape (B,)."""
+        return self._anchors.to(targets.device)[targets]
+
+    @property
+    def embedded(self) -> Embedded:
+        """What the text encoders make of all prompts, on the device of the module."""
+        if self._embedded is None:
+            self._embedded = embed(self.pipeline, self._prompts, self.device)
+        if self._embedded.tokens.device != self.device:
+            tokens, pooled = self._embedded
+            self._embedded = Embedded(tokens.to(self.device), None if pooled is None else pooled.to(self.device))
+        return self._embedded
+
+    @override
+    def predict(self, network: nn.Module, noisy: Tensor, timesteps: Tensor, conditions: Tensor) -> Tensor:
+        tokens, pooled = self.embedded
+        added = None if pooled is None else {"text_embeds": pooled[conditions].to(noisy), "time_ids": self._sizes(noisy)}
+        prediction: Tensor = network(
+            noisy,
+            timesteps,
+            encoder_hidden_states=tokens[conditions].to(noisy),
+            added_cond_kwargs=added,
+            return_dict=False,
+        )[0]
+        return prediction
+
+    def _sizes(self, noisy: Tensor) -> Tensor:
+        """What Stable Diffusion XL is told of each image: its size, and that nothing of it was cut off."""
+        height, width = (self.pipeline.vae_scale_factor * side for side in noisy.shape[2:])
+        return noisy.new_tensor([height, width, 0, 0, height, width]).expand(len(noisy), -1)
+
+    @override
+    def encode(self, images: Tensor) -> Tensor:
+        vae: Any = self.vae.network
+        with torch.no_grad():
+            made = vae.encode((2 * images - 1).to(vae.dtype))
+        latents: Tensor = made.latents if hasattr(made, "latents") else made.latent_dist.mode()
+        return latents.float() * float(vae.config.scaling_factor)
+
+    @override
+    def decode(self, latents: Tensor) -> Tensor:
+        vae: Any = self.vae.network
+        images: Tensor = vae.decode((latents / vae.config.scaling_factor).to(vae.dtype), return_dict=False)[0]
+        return (images.float() + 1) / 2
+
+    @override
+    def check_original(self, checkpoint: Mapping[str, Any]) -> None:
+        check_schedule(self.process, checkpoint.get("noise_schedule", {}))
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Save the pipeline with the UNet as it is now, as a directory that plain diffusers loads.
+
+        No mask is part of it: where the weights were changed may help to revive what was erased (arXiv 2603.06640).
+
+        Args:
+            folder: The directory; it appears whole or not at all.
+
+        Raises:
+            ValueError: ``folder`` is something else than such a directory.
+        """
+        path = Path(folder)
+        if path.exists() and not (path / "model_index.json").is_file():
+            raise ValueError(f"'{path}' is there and is not a pipeline directory, so it is not replaced.")
+        with whole_folder(path) as unfinished:
+            self.pipeline.save_pretrained(unfinished)

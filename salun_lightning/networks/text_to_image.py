@@ -1,0 +1,225 @@
+"""Text-to-image pipelines of diffusers: how they are read, how prompts become embeddings, and a small one to train."""
+
+import os
+from collections.abc import Sequence
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, StableDiffusionPipeline
+
+_CHUNK = 64  # prompts that are embedded at a time
+
+
+class Embedded(NamedTuple):
+    """What the text encoders of a pipeline make of prompts."""
+
+    tokens: Tensor
+    """For cross-attention, (P, L, D)."""
+    pooled: Tensor | None
+    """Of each prompt as a whole, (P, E); with Stable Diffusion XL."""
+
+
+def read_text_to_image(source: str | os.PathLike[str]) -> "DiffusionPipeline":
+    """Read a text-to-image pipeline with a UNet: Stable Diffusion 1, 2 or XL, or what is built like them.
+
+    No pickle is executed. A safety checker is left out: it would blacken images that are to be measured.
+
+    Args:
+        source: A directory, or the name of a pipeline on the hub of Hugging Face.
+
+    Raises:
+        ModuleNotFoundError: transformers is not installed.
+        ValueError: It is no such pipeline, or cannot be read.
+    """
+    _need_transformers()
+    import diffusers
+
+    verbosity = diffusers.logging.get_verbosity()
+    diffusers.logging.set_verbosity(diffusers.logging.CRITICAL)  # the errors below say the same
+    try:
+        index = diffusers.DiffusionPipeline.load_config(source)
+        _check_parts(str(source), index)
+        left_out = {"safety_checker": None} if "safety_checker" in index else {}
+        return diffusers.DiffusionPipeline.from_pretrained(source, use_safetensors=True, **left_out)
+    except (OSError, RuntimeError, KeyError) as error:
+        reason = str(error).partition("\n")[0].rstrip(" .")
+        raise ValueError(
+            f"'{source}' cannot be read as a text-to-image pipeline: {reason}. Give a directory that diffusers has saved with"
+            " safe_serialization=True, or a name on the hub that can be reached."
+        ) from error
+    finally:
+        diffusers.logging.set_verbosity(verbosity)
+
+
+def _check_parts(source: str, index: dict[str, Any]) -> None:
+    parts = {name: part[1] for name, part in index.items() if isinstance(part, list | tuple) and len(part) == 2}
+    if "unet" not in parts and "transformer" in parts:
+        raise ValueError(
+            f"'{source}' is a {index.get('_class_name')}, which has a transformer in the place of a UNet. Such pipelines"
+            " (Stable Diffusion 3, Flux) are not served yet: give one of Stable Diffusion 1, 2 or XL."
+        )
+    if parts.get("unet") != "UNet2DConditionModel" or not parts.get("tokenizer") or not parts.get("text_encoder"):
+        raise ValueError(
+            f"'{source}' is no text-to-image pipeline: it needs a UNet2DConditionModel, a tokenizer and a text encoder, and has"
+            f" {', '.join(sorted(f'{name} ({kind})' for name, kind in parts.items() if kind)) or 'nothing'}."
+        )
+
+
+def _need_transformers() -> None:
+    try:
+        import transformers  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "Text-to-image pipelines need transformers. Install it: pip install 'salun_lightning[text]'."
+        ) from error
+
+
+def embed(pipeline: Any, prompts: Sequence[str], device: torch.device) -> Embedded:
+    """Embed prompts once and for all, with the text encoders of a pipeline.
+
+    The empty prompt is what the pipeline guides with: nothing but zeros with Stable Diffusion XL.
+
+    Args:
+        pipeline: The pipeline, whose text encoders lie on ``device``.
+        prompts: The prompts.
+        device: Where.
+
+    Raises:
+        ValueError: A prompt is longer than the tokenizer takes: what stands behind would be cut off without a word.
+    """
+    for prompt in prompts:
+        count = len(pipeline.tokenizer(prompt, truncation=False)["input_ids"])
+        if count > pipeline.tokenizer.model_max_length:
+            raise ValueError(
+                f"The prompt '{prompt[:60]}' has {count} tokens, start and end included, and the tokenizer takes"
+                f" {pipeline.tokenizer.model_max_length}. Shorten it."
+            )
+    made = []
+    with torch.no_grad():
+        for start in range(0, len(prompts), _CHUNK):
+            made.append(
+                pipeline.encode_prompt(
+                    [*prompts[start : start + _CHUNK]],
+                    device=device,
+                    num_images_per_prompt=1,
+                    do_classifier_free_guidance=False,
+                )
+            )
+    pooled = torch.cat([part[2] for part in made]).float() if len(made[0]) > 2 else None  # as SDXL returns them
+    embedded = Embedded(torch.cat([part[0] for part in made]).float(), pooled)
+    if getattr(pipeline.config, "force_zeros_for_empty_prompt", False):
+        for part in embedded:
+            if part is not None:
+                part[[number for number, prompt in enumerate(prompts) if not prompt]] = 0.0
+    return embedded
+
+
+def small_text_to_image(prompts: list[str], height: int = 8, width: int = 16, seed: int = 0) -> "StableDiffusionPipeline":
+    """A text-to-image pipeline with random weights, small enough to be trained on a CPU in minutes.
+
+    It has the parts of Stable Diffusion. The VAE does nothing: latents are grey images, in [-1, 1]. The tokenizer is
+    trained on the prompts and makes one token of each word. The text encoder stays as it is drawn: what a token is, and where
+    it stands, can be read off its answers, and that is enough for the UNet to learn what is meant.
+
+    Args:
+        prompts: All prompts that it will be given.
+        height: Height of the images.
+        width: Width of the images.
+        seed: Of the weights.
+
+    Raises:
+        ModuleNotFoundError: transformers is not installed.
+    """
+    _need_transformers()
+    from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    tokenizer = _word_tokenizer(prompts)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        text_encoder = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=64,
+                intermediate_size=256,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                max_position_embeddings=tokenizer.model_max_length,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        )
+        unet = UNet2DConditionModel(
+            sample_size=(height, width),
+            in_channels=1,
+            out_channels=1,
+            block_out_channels=(32, 64),
+            layers_per_block=1,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            cross_attention_dim=64,
+            attention_head_dim=4,
+            norm_num_groups=8,
+        )
+    return StableDiffusionPipeline(
+        vae=_idle_vae(),
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=DDIMScheduler(beta_schedule="squaredcos_cap_v2", clip_sample=False, steps_offset=1),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def _idle_vae() -> Any:
+    """An autoencoder of diffusers whose latents are the grey images themselves.
+
+    It is two linear convolutions each way. Its decoder begins with a tanh, so what it is handed is a tenth of the image, where
+    tanh is straight; the scaling factor of the pipeline makes up for that.
+    """
+    from diffusers import AutoencoderTiny
+
+    vae = AutoencoderTiny(
+        in_channels=1,
+        out_channels=1,
+        latent_channels=1,
+        encoder_block_out_channels=(1,),
+        decoder_block_out_channels=(1,),
+        num_encoder_blocks=(0,),
+        num_decoder_blocks=(0,),
+        scaling_factor=10.0,
+    )
+    convolutions = [child for child in vae.modules() if isinstance(child, torch.nn.Conv2d)]
+    # it turns [-1, 1] into [0, 1] before the first, and back behind the last
+    for convolution, (factor, offset) in zip(convolutions, [(1.0, 0.0), (0.2, -0.1), (5.0, 0.5), (1.0, 0.0)], strict=True):
+        for weight in convolution.parameters():
+            torch.nn.init.zeros_(weight)
+        with torch.no_grad():
+            convolution.weight[0, 0, 1, 1] = factor
+            if convolution.bias is not None:
+                convolution.bias.fill_(offset)
+    return vae
+
+
+def _word_tokenizer(prompts: Sequence[str]) -> Any:
+    """A tokenizer of CLIP that makes one token of each word, and takes prompts as long as the longest one."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import CLIPTokenizer
+
+    start, end = "<|startoftext|>", "<|endoftext|>"
+    learned = Tokenizer(models.BPE(unk_token=end, end_of_word_suffix="</w>"))
+    learned.pre_tokenizer = pre_tokenizers.Whitespace()
+    trainer = trainers.BpeTrainer(
+        vocab_size=100_000, special_tokens=[start, end], end_of_word_suffix="</w>", show_progress=False
+    )
+    learned.train_from_iterator(prompts, trainer)
+    with TemporaryDirectory() as folder:
+        learned.model.save(folder)
+        return CLIPTokenizer.from_pretrained(folder, model_max_length=2 + max(len(prompt.split()) for prompt in prompts))
