@@ -118,15 +118,18 @@ def embed(pipeline: Any, prompts: Sequence[str], device: torch.device) -> Embedd
     return embedded
 
 
-def small_text_to_image(prompts: list[str], height: int = 8, width: int = 16, seed: int = 0) -> "StableDiffusionPipeline":
+def small_text_to_image(
+    words: str, length: int = 8, height: int = 8, width: int = 16, seed: int = 0
+) -> "StableDiffusionPipeline":
     """A text-to-image pipeline with random weights, small enough to be trained on a CPU in minutes.
 
-    It has the parts of Stable Diffusion. The VAE does nothing: latents are grey images, in [-1, 1]. The tokenizer is
-    trained on the prompts and makes one token of each word. The text encoder stays as it is drawn: what a token is, and where
-    it stands, can be read off its answers, and that is enough for the UNet to learn what is meant.
+    It has the parts of Stable Diffusion. The VAE does nothing: latents are grey images, in [-1, 1]. The tokenizer makes one
+    token of each word. The text encoder stays as it is drawn: what a token is, and where it stands, can be read off its
+    answers, and that is enough for the UNet to learn what is meant.
 
     Args:
-        prompts: All prompts that it will be given.
+        words: The words of all prompts that it will be given, with spaces between them.
+        length: How many words a prompt may have.
         height: Height of the images.
         width: Width of the images.
         seed: Of the weights.
@@ -138,7 +141,7 @@ def small_text_to_image(prompts: list[str], height: int = 8, width: int = 16, se
     from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    tokenizer = _word_tokenizer(prompts)
+    tokenizer = _word_tokenizer(words, length)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         text_encoder = CLIPTextModel(
@@ -208,8 +211,8 @@ def _idle_vae() -> Any:
     return vae
 
 
-def _word_tokenizer(prompts: Sequence[str]) -> Any:
-    """A tokenizer of CLIP that makes one token of each word, and takes prompts as long as the longest one."""
+def _word_tokenizer(words: str, length: int) -> Any:
+    """A tokenizer of CLIP that makes one token of each word, and takes prompts of so many words."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import CLIPTokenizer
 
@@ -219,7 +222,7 @@ def _word_tokenizer(prompts: Sequence[str]) -> Any:
     trainer = trainers.BpeTrainer(
         vocab_size=100_000, special_tokens=[start, end], end_of_word_suffix="</w>", show_progress=False
     )
-    learned.train_from_iterator(prompts, trainer)
+    learned.train_from_iterator([words], trainer)
     with TemporaryDirectory() as folder:
         learned.model.save(folder)
-        return CLIPTokenizer.from_pretrained(folder, model_max_length=2 + max(len(prompt.split()) for prompt in prompts))
+        return CLIPTokenizer.from_pretrained(folder, model_max_length=2 + length)

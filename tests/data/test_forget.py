@@ -10,7 +10,7 @@ import torch
 from jsonargparse import ArgumentError, ArgumentParser
 
 import salun_lightning
-from salun_lightning.data import ForgetClasses, ForgetIndices, ForgetRandom, ForgetRequest
+from salun_lightning.data import ForgetClasses, ForgetConcepts, ForgetIndices, ForgetRandom, ForgetRequest
 from tests.small import small_datamodule
 
 NAMES = ["cat", "dog", "owl"]
@@ -305,3 +305,33 @@ def test_the_module_of_requests_asks_the_package_for_no_name(monkeypatch: pytest
     again = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(again)
     assert again.ForgetRandom(count=1).count == 1
+
+
+def test_concepts_are_whole_words_and_their_anchors_stand_in_each_prompt() -> None:
+    prompts = ["a cat", "a cathedral", "A Cat beside a dog", "a dog", "two cats", "a cat, a cat"]
+    request = ForgetConcepts({"cat": "horse", "a dog": "an ox"})
+    assert request.classes(prompts) == [0, 2, 3, 5]
+    assert request.anchors(prompts) == {0: "a horse", 2: "A horse beside an ox", 3: "an ox", 5: "a horse, a horse"}
+    targets, trained = torch.tensor([0, 1, 2, 3, 4, 5, 0]), torch.tensor([0, 1, 2, 4, 6])
+    assert request.indices(targets, prompts, trained).tolist() == [0, 2, 6]
+    assert ForgetConcepts({"a cat": r"\1"}).anchors(prompts)[0] == r"\1"  # an anchor is text
+
+
+@pytest.mark.parametrize(
+    ("concepts", "message"),
+    [
+        ({}, "No concept is named"),
+        ({" ": "cat"}, "No concept is named"),
+        ({"cat": "cat"}, "The anchor 'cat' of 'cat' names 'cat'"),
+        ({"cat": "a CAT on a mat"}, "names 'cat', which is to be forgotten"),
+        ({"cat": "dog", "dog": "horse"}, "The anchor 'dog' of 'cat' names 'dog'"),
+    ],
+)
+def test_concepts_that_cannot_be_replaced_are_refused(concepts: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ForgetConcepts(concepts)
+
+
+def test_a_concept_that_no_prompt_names_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"No prompt names the concept 'owl'\. The prompts are a cat, a dog\."):
+        ForgetConcepts({"cat": "horse", "owl": "horse"}).classes(["a cat", "a dog"])

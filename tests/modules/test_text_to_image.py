@@ -25,6 +25,7 @@ from salun_lightning.networks.text_to_image import embed, read_text_to_image, sm
 from salun_lightning.saliency import SaliencyMasking
 from tests.modules.small_runs import same, trainer, weights
 
+WORDS = "a photo of an beside zero one two three four five six seven eight nine"
 PROMPTS = ["a cat", "a dog", "a cat beside a dog"]
 TARGETS, NUMBERS = torch.tensor([0, 2, 1]), torch.tensor([0, 0, 4])
 
@@ -46,7 +47,7 @@ def text_encoder(kind: Any, tokenizer: Any) -> Any:
 def stable_diffusion(kind: str, prediction: str = "epsilon") -> DiffusionPipeline:
     """A tiny pipeline with the parts of Stable Diffusion 1 and 2, or of XL: two text encoders and added conditions."""
     torch.manual_seed(0)
-    tokenizer = small_text_to_image(PROMPTS).tokenizer
+    tokenizer = small_text_to_image("a cat dog beside", 5).tokenizer
     width = {"1": 16, "xl": 32}[kind]
     added = {
         "addition_embed_type": "text_time",
@@ -113,7 +114,7 @@ def test_it_draws_what_plain_diffusers_draws(kind: str, prediction: str, tmp_pat
 def test_the_small_pipeline_draws_what_plain_diffusers_draws(tmp_path: Path) -> None:
     data = digits()
     data.setup()
-    module = TextToImage(small_text_to_image(data.class_names), sampling=Sampling(steps=3, guidance=3.0))
+    module = TextToImage(small_text_to_image(WORDS), sampling=Sampling(steps=3, guidance=3.0))
     started(module, data, tmp_path)
     module.save_pretrained(tmp_path / "pipeline")
     expected = drawn(DiffusionPipeline.from_pretrained(tmp_path / "pipeline"), module, data.class_names)
@@ -126,7 +127,7 @@ def test_the_small_pipeline_draws_what_plain_diffusers_draws(tmp_path: Path) -> 
 def test_a_word_is_a_token(tmp_path: Path) -> None:
     data = digits()
     data.setup()
-    tokenizer = small_text_to_image(data.class_names).tokenizer
+    tokenizer = small_text_to_image(WORDS).tokenizer
     words = {word for prompt in data.class_names for word in prompt.split()}
     assert all(len(tokenizer(word)["input_ids"]) == 3 for word in words)
     assert len({tokenizer(word)["input_ids"][1] for word in words}) == len(words)
@@ -162,7 +163,7 @@ def test_a_concept_is_remapped_to_its_anchor_under_a_mask(tmp_path: Path) -> Non
 
 
 def test_the_loss_of_a_timestep_is_weighted() -> None:
-    plain, weighted = (TextToImage(small_text_to_image(["a"]), min_snr=gamma) for gamma in (None, 2.0))
+    plain, weighted = (TextToImage(small_text_to_image("a"), min_snr=gamma) for gamma in (None, 2.0))
     assert plain.min_snr is None
     from salun_lightning.modules.noise import min_snr_weights
 
@@ -198,7 +199,7 @@ def test_what_is_no_such_pipeline_is_refused_in_a_sentence(tmp_path: Path) -> No
 
 
 def test_prompts_that_do_not_fit_are_refused() -> None:
-    pipeline = small_text_to_image(PROMPTS)
+    pipeline = small_text_to_image("a cat dog beside", 5)
     with pytest.raises(
         ValueError, match=r"The prompt 'a cat beside .*' has 8 tokens, .* and the tokenizer takes 7\. Shorten it"
     ):
