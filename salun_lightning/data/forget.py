@@ -100,7 +100,7 @@ class ForgetConcepts(ForgetRequest):
                 raise ValueError(
                     f"The anchor '{anchor}' of '{concept}' names '{named}', which is to be forgotten. Give another."
                 )
-        self.concepts = concepts
+        self.concepts = {concept.strip(): anchor for concept, anchor in concepts.items()}
 
     @override
     def classes(self, class_names: Sequence[str]) -> list[int]:
@@ -114,13 +114,26 @@ class ForgetConcepts(ForgetRequest):
 
     @override
     def anchors(self, class_names: Sequence[str]) -> dict[int, str]:
-        replaced = {}
-        for number in self.classes(class_names):
-            prompt = class_names[number]
-            for concept, anchor in self.concepts.items():
-                prompt = anchor.join(re.split(_whole_words(concept), prompt, flags=re.IGNORECASE))
-            replaced[number] = prompt
-        return replaced
+        return {number: self.replaced(class_names[number])[0] for number in self.classes(class_names)}
+
+    def replaced(self, prompt: str) -> tuple[str, list[tuple[int, int]]]:
+        """A prompt with anchors in the place of its concepts.
+
+        Args:
+            prompt: The prompt.
+
+        Returns:
+            The prompt with anchors; and for each place, how many characters of the prompt end with the concept, and how many of
+            the other one with the anchor.
+        """
+        longest_first = sorted(self.concepts, key=len, reverse=True)
+        anchors = {concept.lower(): anchor for concept, anchor in self.concepts.items()}
+        made, done, ends = "", 0, []
+        for found in re.finditer("|".join(map(_whole_words, longest_first)), prompt, flags=re.IGNORECASE):
+            made += prompt[done : found.start()] + anchors[found.group().lower()]
+            done = found.end()
+            ends.append((done, len(made)))
+        return made + prompt[done:], ends
 
     @override
     def indices(self, targets: Tensor, class_names: Sequence[str], trained: Tensor) -> Tensor:
@@ -128,7 +141,7 @@ class ForgetConcepts(ForgetRequest):
 
 
 def _whole_words(phrase: str) -> str:
-    return rf"(?<!\w){re.escape(phrase.strip())}(?!\w)"
+    return rf"(?<!\w){re.escape(phrase)}(?!\w)"
 
 
 def _names(prompt: str, concept: str) -> bool:

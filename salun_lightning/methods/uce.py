@@ -1,0 +1,90 @@
+"""UCE: rewrite what cross-attention reads of a concept, in closed form."""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from salun_lightning.methods.base import Kind
+from salun_lightning.methods.one_shot import OneShot
+from salun_lightning.weights import weights_of
+
+if TYPE_CHECKING:
+    from salun_lightning.modules.base import UnlearningModule
+    from salun_lightning.modules.text_to_image import TextToImage
+
+
+class UCE(OneShot):
+    r"""Unified concept editing (Gandikota et al., WACV 2024, equation 7), for models of prompts.
+
+    Keys and values of cross-attention are linear in the embeddings of tokens. Each such weight :math:`W` becomes the one that
+    minimises
+
+    .. math::
+        s_e \sum_i \| W' c_i - W g_i \|^2 + s_p \sum_j \| W' p_j - W p_j \|^2 + \lambda \| W' - W \|^2
+
+    where :math:`c_i` is the last token of a concept in a prompt that is forgotten and :math:`g_i` that of the anchor in its
+    place; :math:`p_j` are all tokens of the retained prompts and of the empty one. (The released code preserves the last token
+    of each prompt that is named to it.) It is solved in double precision.
+
+    Args:
+        erase: :math:`s_e`.
+        preserve: :math:`s_p`.
+        ridge: :math:`\lambda`, which must be positive where few prompts are known.
+
+    Raises:
+        ValueError: A number is negative, the model is none of prompts, the request names no anchors, or no weight that would be
+            edited is trained.
+    """
+
+    kind: Kind = "diffusion"
+
+    def __init__(self, erase: float = 1.0, preserve: float = 1.0, ridge: float = 0.5) -> None:
+        for name, number in {"erase": erase, "preserve": preserve, "ridge": ridge}.items():
+            if not number >= 0:
+                raise ValueError(f"{name} must not be negative, got {number}.")
+        self.erase = erase
+        self.preserve = preserve
+        self.ridge = ridge
+
+    @override
+    def edit(self, module: "UnlearningModule") -> dict[str, Tensor]:
+        if not hasattr(module, "embedded") or not module.datamodule.anchors:
+            raise ValueError("UCE is for models of prompts and a request that names anchors: TextToImage and ForgetConcepts.")
+        concepts, anchors, kept = _tokens(cast("TextToImage", module))
+        both = self.erase * concepts.T @ concepts + self.preserve * kept.T @ kept
+        eye = torch.eye(both.shape[0], dtype=both.dtype, device=both.device)
+        pull = self.erase * (anchors - concepts).T @ concepts  # what is preserved, and the ridge, pull nowhere
+        toward = torch.linalg.solve(both + self.ridge * eye, pull, left=False)
+        edit = {
+            name: (weight.detach().double() @ toward).to(weight)
+            for name, weight in weights_of(module).items()
+            if name.endswith((".attn2.to_k.weight", ".attn2.to_v.weight"))
+        }
+        if not edit:
+            raise ValueError("UCE edits attn2.to_k and attn2.to_v, and none of these is trained. Leave trainable unset.")
+        return edit
+
+
+def _tokens(module: "TextToImage") -> tuple[Tensor, Tensor, Tensor]:
+    """The embeddings of concepts and of the anchors in their places (K, D), and of all tokens that are preserved (P, D)."""
+    data, tokenizer = module.datamodule, cast("Any", module.pipeline).tokenizer
+    tokens = module.embedded.tokens.double()
+
+    def count(prompt: str) -> int:
+        return len(tokenizer(prompt)["input_ids"])
+
+    concepts, anchors = [], []
+    for number in data.anchors:
+        prompt = data.class_names[number]
+        anchored, ends = data.forget.replaced(prompt)
+        place = int(module.anchors(torch.tensor([number])))
+        for end, end_of_anchor in ends:  # the last token before the end that the tokenizer puts behind
+            concepts.append(tokens[number, count(prompt[:end]) - 2])
+            anchors.append(tokens[place, count(anchored[:end_of_anchor]) - 2])
+    names = [*data.class_names, ""]
+    retained: Iterable[int] = [*module.retained_classes.tolist(), len(data.class_names)]
+    kept = [tokens[number, : count(names[number])] for number in retained]
+    return torch.stack(concepts), torch.stack(anchors), torch.cat(kept)
