@@ -81,9 +81,9 @@ def test_a_mask_holds(tmp_path: Path) -> None:
 def test_what_it_cannot_edit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="none of these is trained"):
         edited(tmp_path, UCE(), trainable=r"attn1\.")
+    data = Photos()
+    data.forget = ForgetClasses([1])
     with pytest.raises(ValueError, match="TextToImage and ForgetConcepts"):
-        data = Photos()
-        data.forget = ForgetClasses([1])
         edited(tmp_path, UCE(), data=data)
     with pytest.raises(ValueError, match="ridge must not be negative"):
         UCE(ridge=-1.0)
