@@ -23,6 +23,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
+from salun_lightning.configurations import find
 from salun_lightning.files import digest, whole, write_text
 from salun_lightning.lightning_cli import UnlearningCLI
 
@@ -48,14 +49,16 @@ def train_one(task: str, seed: int, folder: str, options: list[str]) -> tuple[Te
 
 def train_all(task: str, seeds: range, folder: Path, options: list[str]) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Train a model for each seed, unless its answers lie in the folder, or another process trains it."""
-    files = [folder / f"{seed}-{digest([task, options])}.pt" for seed in seeds]
+    settings = [file.read_text(encoding="utf-8") for file in (find(task), find(f"{task}/retrain")) if file is not None]
+    files = [folder / f"{seed}-{digest([task, settings, options])}.pt" for seed in seeds]
+    folder.mkdir(parents=True, exist_ok=True)
     for wait in (False, True):
         for seed, file in zip(seeds, files, strict=True):
             try:
-                with FileLock(f"{file}.lock", blocking=wait):
+                with FileLock(f"{file}.lock").acquire(blocking=wait), TemporaryDirectory() as run:
                     if not file.is_file():
                         with whole(file) as unfinished:
-                            torch.save(train_one(task, seed, str(folder), options), unfinished)
+                            torch.save(train_one(task, seed, run, options), unfinished)
             except Timeout:
                 continue  # another process trains it
     return [torch.load(file) for file in files]

@@ -50,7 +50,7 @@ class RefuseAccidents(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if isinstance(pl_module, UnlearningModule) and trainer.ckpt_path is None and pl_module.original is None:
+        if isinstance(pl_module, UnlearningModule) and trainer.ckpt_path is None and not pl_module.has_original:
             method = type(pl_module.method)
             if method is not FineTune:
                 raise MisconfigurationException(

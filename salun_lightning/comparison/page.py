@@ -10,7 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 import salun_lightning
 from salun_lightning.comparison import charts
-from salun_lightning.comparison.paired import Results, Table
+from salun_lightning.comparison.paired import Results, Table, best_row
 from salun_lightning.comparison.plan import Cell
 from salun_lightning.comparison.report import caption, each_case, gaps_by_case, levels, summarise, table_rows
 from salun_lightning.evidence.predictions import Predictions
@@ -54,7 +54,11 @@ def write_page(
         "cases": cases,
         "case_rows": case_rows,
         "case_tables": [
-            (case, *table_rows(of_case := summarise(measured, table), measured, table), levels(of_case, table))
+            (
+                case,
+                *table_rows(of_case := summarise(measured, table), measured, table),
+                levels(of_case, table, best_row(measured, table)),
+            )
             for case, measured in each_case(results).items()
         ],
         "kinds": [_kind(row, table) for row in summary],

@@ -61,18 +61,33 @@ def _gap(one: Mapping[str, Any], other: Mapping[str, Any], table: Table) -> list
     return [] if gap is None else [gap]
 
 
+def best_row(results: Results, table: Table) -> str | None:
+    """The row with the smallest average gap, of those that were measured in all runs of the reference."""
+    gaps = {row: of_row for row, of_row in gaps_by_run(results, table).items() if row not in table.noise_floor}
+    runs = gaps.pop(table.reference, {}).keys()
+    means = {
+        row: fmean(gap for found in of_row.values() for gap in found) for row, of_row in gaps.items() if of_row.keys() >= runs
+    }
+    return min(means, key=means.__getitem__, default=None)
+
+
 def above(results: Results, table: Table, other: str | None) -> dict[str, dict[str, float]]:
     """How much larger the gap of each row is than that of another row, or than the noise floor, in the same run.
 
+    The cases of a seed are no runs of their own: what is compared is their mean.
+
     Returns:
         For each row that has runs in common with the other one, the interval of
-        :func:`~salun_lightning.evidence.gaps.paired_interval` over them. Empty if the other row has no gap.
+        :func:`~salun_lightning.evidence.gaps.paired_interval` over the seeds. Empty if the other row has no gap.
     """
     means = {row: {run: fmean(gaps) for run, gaps in of_row.items()} for row, of_row in gaps_by_run(results, table).items()}
     beside = means.get(other or "", {})
-    differences = {
-        row: [gap - beside[run] for run, gap in of_row.items() if run in beside]
-        for row, of_row in means.items()
-        if row not in (other, table.reference, *table.noise_floor)
-    }
-    return {row: paired_interval(of_row) for row, of_row in differences.items() if of_row}
+    seeds = {(row, run): result["seed"] for (row, run), result in results.items()}
+    found: dict[str, dict[str, float]] = {}
+    for row, of_row in means.items():
+        by_seed: dict[int, list[float]] = {}
+        for run in of_row.keys() & beside.keys():
+            by_seed.setdefault(seeds[row, run], []).append(of_row[run] - beside[run])
+        if by_seed and row not in (other, table.reference, *table.noise_floor):
+            found[row] = paired_interval([fmean(of_seed) for of_seed in by_seed.values()])
+    return found

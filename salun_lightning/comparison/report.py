@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from statistics import fmean, stdev
 from typing import Any
 
-from salun_lightning.comparison.paired import Results, Table, above, gaps_by_run
+from salun_lightning.comparison.paired import Results, Table, above, best_row, gaps_by_run
 from salun_lightning.evidence.gaps import finite
 
 _NEAR = " ≈"
@@ -26,7 +26,7 @@ def summarise(results: Results, table: Table) -> dict[str, dict[str, dict[str, f
     the same run, the reference among them.
 
     ``above_floor`` and ``above_best`` are how much larger the gap of a row is than the noise floor, and than that of the row
-    with the smallest mean, in the same run: mean, ends of the 95 % interval, and number of runs.
+    with the smallest mean, in the same run: mean, ends of the 95 % interval over the seeds, and their number (``runs``).
     """
     rows: dict[str, dict[str, list[float]]] = {}
     for (row, run), result in results.items():
@@ -50,16 +50,10 @@ def summarise(results: Results, table: Table) -> dict[str, dict[str, dict[str, f
         }
         for row, figures in rows.items()
     }
-    for name, other in (("above_floor", next(iter(table.noise_floor), None)), ("above_best", _best(summary, table))):
+    for name, other in (("above_floor", next(iter(table.noise_floor), None)), ("above_best", best_row(results, table))):
         for row, interval in above(results, table, other).items():
             summary[row][name] = interval
     return summary
-
-
-def _best(summary: Mapping[str, Any], table: Table) -> str | None:
-    """The row with the smallest gap."""
-    gaps = {row: figures["gap"]["mean"] for row, figures in summary.items() if "gap" in figures}
-    return min((row for row in gaps if row not in (table.reference, *table.noise_floor)), key=gaps.__getitem__, default=None)
 
 
 def table_rows(summary: Mapping[str, Any], results: Results, table: Table) -> tuple[list[str], list[list[str]]]:
@@ -126,7 +120,14 @@ def markdown(summary: Mapping[str, Any], results: Results, table: Table, first: 
     lines += [f"- {row}: `{result['command']}`" for (row, run), result in results.items() if run == one]
     for case, measured in each_case(results).items():
         of_case = summarise(measured, table)
-        lines += ["", f"## {case}", "", *_lines(*table_rows(of_case, measured, table)), "", *levels(of_case, table)]
+        lines += [
+            "",
+            f"## {case}",
+            "",
+            *_lines(*table_rows(of_case, measured, table)),
+            "",
+            *levels(of_case, table, best_row(measured, table)),
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -174,12 +175,12 @@ def caption(summary: Mapping[str, Any], results: Results, table: Table, first: M
     if any("above_floor" in figures for figures in summary.values()):
         lines.append(
             "above the floor: the avg. gap of a row minus the noise floor of the same run, and its 95 % interval (Student's t)"
-            " over the runs." + f" In a case,{_NEAR} marks a gap whose interval reaches 0." * (len(cases) > 1)
+            " over the seeds." + f"{_NEAR} marks a gap that is not shown to be above the floor of its case." * (len(cases) > 1)
         )
-    return lines + levels(summary, table)
+    return lines + levels(summary, table, best_row(results, table))
 
 
-def levels(summary: Mapping[str, Any], table: Table) -> list[str]:
+def levels(summary: Mapping[str, Any], table: Table, best: str | None) -> list[str]:
     """Where the noise floor lies, and which rows cannot be told from the best one, in sentences."""
     lines = []
     floor = summary.get(table.noise_floor[0], {}).get("gap") if table.noise_floor else None
@@ -190,10 +191,10 @@ def levels(summary: Mapping[str, Any], table: Table) -> list[str]:
         )
     intervals = {row: figures["above_best"] for row, figures in summary.items() if "above_best" in figures}
     if any(interval["runs"] > 1 for interval in intervals.values()):
-        near = [row for row, interval in intervals.items() if interval["low"] <= 0]
+        near = [row for row, interval in intervals.items() if interval["runs"] > 1 and interval["low"] <= 0]
         lines.append(
-            f"{_best(summary, table)} has the smallest avg. gap. Not to be told from it, as the 95 % interval of the difference"
-            f" in the same run reaches 0: {_listed(near) if near else 'none'}. (The smallest of many is in part the luckiest.)"
+            f"{best} has the smallest avg. gap. Not shown to be worse, as the 95 % interval of the difference in the same run"
+            f" does not lie above 0: {_listed(near) if near else 'none'}. (The smallest of many is in part the luckiest.)"
         )
     return lines
 

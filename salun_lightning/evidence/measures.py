@@ -1,7 +1,7 @@
 """The figures of forgetting, each a pure function of what models say of the samples."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -112,6 +112,42 @@ def recognition(generated: PredictedSet, forgotten_classes: Sequence[int], class
     for number in targets.unique().tolist():
         results[f"acc/{class_names[number]}"] = 100 * found[targets == number].double().mean()
     return {name: value.float().item() for name, value in results.items()}
+
+
+def composition(parts: Mapping[str, PredictedSet], forgotten: Sequence[int], conditions: int) -> dict[str, float]:
+    """What a classifier says of the parts of images that were asked for by prompts of one or several things, in percent.
+
+    A concept is what stands in forgotten prompts alone.
+
+    - ``UA``: 100 minus its accuracy where a forgotten prompt asks for the concept by itself
+    - ``acc``: its accuracy where another prompt asks for one thing
+    - ``inside``: how often the concept is seen where a forgotten prompt asks for it beside something else
+    - ``other``: how often that something else is seen
+    - ``pairs``: how often all is seen that another prompt asks for, of those that ask for several things
+
+    Args:
+        parts: By part of the image, its logits; the targets are what was asked for there, and the indices number the images:
+            number x ``conditions`` + condition.
+        forgotten: The conditions that are forgotten.
+        conditions: How many conditions there are.
+    """
+    found, targets, images = (
+        torch.cat([of(part) for part in parts.values()])
+        for of in (lambda part: right(part.logits, part.targets), lambda part: part.targets, lambda part: part.indices)
+    )
+    gone = torch.isin(images % conditions, torch.tensor(forgotten, dtype=torch.int64))
+    concept = gone & ~torch.isin(targets, targets[~gone])
+    numbers, counts = images.unique(return_inverse=True, return_counts=True)[1:]
+    alone = counts[numbers] == 1
+    whole = torch.ones(len(counts), dtype=torch.bool).index_put((numbers[~found],), torch.tensor(False))[numbers]
+    rates = {
+        "UA": (~found, concept & alone),
+        "acc": (found, ~gone & alone),
+        "inside": (found, concept & ~alone),
+        "other": (found, gone & ~concept & ~alone),
+        "pairs": (whole, ~gone & ~alone),
+    }
+    return {name: 100 * seen[where].double().mean().item() for name, (seen, where) in rates.items() if where.any()}
 
 
 def forgotten(before: Predictions, after: Predictions) -> Tensor:

@@ -24,7 +24,8 @@ class Remap(Method):
         \min_\theta E_{D_f, t, \epsilon} \| \epsilon_\theta(x_t | c) - \epsilon_{\theta_o}(x_t | c') \|^2
         + \alpha E_{D_r} \ell, \quad c' \neq c
 
-    Both terms are means over all elements of the prediction, so ``alpha`` weighs like against like. (The released code sums
+    Both terms are means over all elements of the prediction, so ``alpha`` weighs like against like (unless
+    ``min_snr`` of the module weighs the second one). (The released code sums
     the second one over an image: its alpha of 1e-3 is 1e-3 times the number of elements here, 3.07 for CIFAR-10.) The
     prediction for :math:`c'` is that of the original model, frozen, and the class is never dropped in the first term; the
     released code takes the model in training for both and drops either class independently.

@@ -20,7 +20,7 @@ from typing_extensions import override
 from salun_lightning.data import ForgetRetainDataModule, Order, Samples, epoch_seed, run_seed, split
 from salun_lightning.methods.base import Kind, Method, all_of, check_kind
 from salun_lightning.methods.finetune import FineTune
-from salun_lightning.modules.record import KEY, arguments_from, check_resumed, record_of
+from salun_lightning.modules.record import KEY, arguments_from, check_resumed, made_from, record_of
 from salun_lightning.modules.trouble import EpochLoss, batch_norm_explained
 from salun_lightning.networks.frozen import Frozen
 from salun_lightning.networks.loading import load_weights, read_checkpoint
@@ -75,6 +75,11 @@ class UnlearningModule(LightningModule, ABC):
         self.lr_interval = lr_interval
         self._started = False
         self._reference: Frozen | None = None
+
+    @property
+    def has_original(self) -> bool:
+        """Whether training starts from an original model, and not from random weights."""
+        return self.original is not None
 
     @abstractmethod
     def losses(self, samples: Samples) -> Tensor:
@@ -166,10 +171,11 @@ class UnlearningModule(LightningModule, ABC):
         Args:
             checkpoint_path: The file. That of a run from a configuration needs nothing else.
             *args: See ``LightningModule.load_from_checkpoint``.
-            **kwargs: Likewise, and arguments of the module; ``network``, if the checkpoint does not say how it was made.
+            **kwargs: Likewise, and arguments of the module; ``network``, or the ``pipeline`` of ``TextToImage``, if the
+                checkpoint does not say how it was made.
         """
         checkpoint = read_checkpoint(checkpoint_path)  # always: it refuses a pickle in a sentence
-        if "network" not in kwargs:
+        if made_from(cls) not in kwargs:
             kwargs = {**arguments_from(cls, checkpoint), **kwargs}
         return super().load_from_checkpoint(checkpoint_path, *args, **{**kwargs, "weights_only": True})
 

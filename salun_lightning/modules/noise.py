@@ -50,7 +50,9 @@ def min_snr_weights(process: DDPMScheduler, timesteps: Tensor, gamma: float) -> 
     """
     kept: Tensor = process.alphas_cumprod.to(timesteps.device)[timesteps]
     ratio = kept / (1 - kept)
-    return ratio.clamp(max=gamma) / (ratio if process.config.prediction_type == "epsilon" else ratio + 1)
+    if process.config.prediction_type == "epsilon":
+        return (gamma / ratio).clamp(max=1)  # also where the ratio is 0
+    return ratio.clamp(max=gamma) / (ratio + 1)
 
 
 def seeded_noise(latents: Tensor, indices: Tensor, process: DDPMScheduler) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,7 @@
 """What a checkpoint says of the run that made it: method, seed, and how the network was made."""
 
 import functools
+import inspect
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -27,9 +28,14 @@ _TRUSTED = {"salun_lightning", "torch", "torchvision", "diffusers", "timm", "tra
 
 def record_of(module: LightningModule, method: Method) -> dict[str, Any]:
     """Plain data for a checkpoint: seed, method and, of a run from a configuration, the model's part of that."""
-    record = {"seed": run_seed(), "method": _described(method)}
+    record = what_was_run(method)
     configuration = None if module._trainer is None else _configuration(module._trainer)
     return record if configuration is None else {**record, "model": configuration}
+
+
+def what_was_run(method: Method) -> dict[str, Any]:
+    """The seed of this run, and its method: what a run that goes on must have, too."""
+    return {"seed": run_seed(), "method": _described(method)}
 
 
 def check_resumed(record: Mapping[str, Any], method: Method) -> None:
@@ -93,6 +99,11 @@ def _model_in(callback: SaveConfigCallback) -> dict[str, Any] | None:
     return model
 
 
+def made_from(kind: type[LightningModule]) -> str:
+    """The argument that a module gets its network from."""
+    return "pipeline" if "pipeline" in inspect.signature(kind).parameters else "network"
+
+
 def arguments_from(kind: type[LightningModule], checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """Make what the model of a checkpoint was made from: network, method, optimizer and so on.
 
@@ -111,7 +122,7 @@ def arguments_from(kind: type[LightningModule], checkpoint: Mapping[str, Any]) -
     if model is None:
         raise ValueError(
             "The checkpoint does not say how its network was made, because it was not trained from a configuration. Give it:"
-            f" {kind.__name__}.load_from_checkpoint(path, network=...)."
+            f" {kind.__name__}.load_from_checkpoint(path, {made_from(kind)}=...)."
         )
     for name in _names(model):
         _check_name(name)
@@ -149,6 +160,8 @@ def _check_name(name: str) -> None:
             f" it before ('import {name.rpartition('.')[0]}'), or give network."
         )
     made = _resolved(name)
+    if name.startswith("salun_lightning.networks."):  # also the functions that make some
+        return
     bases = {base.__name__ for base in getattr(made, "__mro__", ())}
     if not (bases & {"SchedulerMixin"} or (isinstance(made, type) and issubclass(made, _MADE))):
         raise ValueError(

@@ -2,11 +2,13 @@
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -15,7 +17,7 @@ from salun_lightning.modules.diffusion import Diffusion
 from salun_lightning.modules.noise import check_schedule
 from salun_lightning.modules.sampling import Sampling
 from salun_lightning.networks.frozen import Frozen
-from salun_lightning.networks.text_to_image import Embedded, embed, read_text_to_image
+from salun_lightning.networks.text_to_image import Embedded, embed, text_to_image
 
 
 class TextToImage(Diffusion):
@@ -41,8 +43,13 @@ class TextToImage(Diffusion):
         sampling: Sampling = Sampling(guidance=7.5),  # noqa: B008  # frozen
         **kwargs: Any,
     ) -> None:
-        read = read_text_to_image(pipeline) if isinstance(pipeline, str | os.PathLike) else pipeline
-        super().__init__(read.unet, read.scheduler, sampling=sampling, **kwargs)
+        read = text_to_image(pipeline)
+        # DDIM as diffusers would run it; latents are no images, whose range could be kept
+        settings = {name: value for name, value in read.scheduler.config.items() if name != "_use_default_values"}
+        usual = DDIMScheduler.from_config({"clip_sample": False, **settings})
+        if sampling.scheduler is None:
+            sampling = replace(sampling, scheduler=usual)
+        super().__init__(read.unet.train(), usual, sampling=sampling, **kwargs)
         self.pipeline = read
         encoders = [read.components[name] for name in ("text_encoder", "text_encoder_2") if read.components.get(name)]
         self.encoders = nn.ModuleList(Frozen(encoder) for encoder in encoders)
@@ -52,7 +59,9 @@ class TextToImage(Diffusion):
 
     @override
     def setup(self, stage: str) -> None:
-        names = self.datamodule.class_names
+        names = getattr(self.datamodule, "class_names", None)
+        if names is None:
+            raise MisconfigurationException("The prompts are not known: give the datamodule class_names, a list of them.")
         anchored: Mapping[int, str] = getattr(self.datamodule, "anchors", {})
         further = [prompt for prompt in dict.fromkeys(anchored.values()) if prompt not in names]
         prompts = [*names, "", *further]
@@ -65,6 +74,11 @@ class TextToImage(Diffusion):
     def anchors(self, targets: Tensor) -> Tensor:
         """The prompt in the place of each prompt that is forgotten, and each other one itself; int64 of shape (B,)."""
         return self._anchors.to(targets.device)[targets]
+
+    @property
+    @override
+    def has_original(self) -> bool:
+        return True
 
     @property
     def embedded(self) -> Embedded:
@@ -96,17 +110,24 @@ class TextToImage(Diffusion):
 
     @override
     def encode(self, images: Tensor) -> Tensor:
-        vae: Any = self.vae.network
-        with torch.no_grad():
+        vae = self._vae()
+        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
             made = vae.encode((2 * images - 1).to(vae.dtype))
         latents: Tensor = made.latents if hasattr(made, "latents") else made.latent_dist.mode()
         return latents.float() * float(vae.config.scaling_factor)
 
     @override
     def decode(self, latents: Tensor) -> Tensor:
-        vae: Any = self.vae.network
-        images: Tensor = vae.decode((latents / vae.config.scaling_factor).to(vae.dtype), return_dict=False)[0]
+        vae = self._vae()
+        with torch.autocast(latents.device.type, enabled=False):
+            images: Tensor = vae.decode((latents / vae.config.scaling_factor).to(vae.dtype), return_dict=False)[0]
         return (images.float() + 1) / 2
+
+    def _vae(self) -> Any:
+        vae: Any = self.vae.network
+        if vae.dtype == torch.float16 and vae.config.get("force_upcast", False):  # that of Stable Diffusion XL overflows
+            vae.float()
+        return vae
 
     @override
     def check_original(self, checkpoint: Mapping[str, Any]) -> None:

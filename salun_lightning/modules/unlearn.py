@@ -17,7 +17,7 @@ from salun_lightning.methods.base import Method, all_of
 from salun_lightning.methods.one_shot import OneShot
 from salun_lightning.modules.base import UnlearningModule
 from salun_lightning.modules.classifier import ImageClassifier
-from salun_lightning.modules.record import KEY, check_resumed, record_of
+from salun_lightning.modules.record import KEY, check_resumed, what_was_run
 from salun_lightning.weights import fingerprint
 
 _MISSING = object()
@@ -71,8 +71,8 @@ class Unlearn(Callback):
         view.trainer = trainer
         view.setup(stage)
         refers = any(method.needs_original for method in all_of(self.method))
-        original = fingerprint(pl_module.named_parameters()) if refers else None
-        self._made_by = {**record_of(view, self.method), "original": original}
+        original = fingerprint(pl_module.state_dict().items()) if refers else None
+        self._made_by = {**what_was_run(self.method), "original": original}
         self._stand_in(
             pl_module, training_step=lambda batch, batch_idx: view.training_step(batch), forget_loss=view.forget_loss
         )
@@ -101,8 +101,13 @@ class Unlearn(Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        check_resumed(state_dict[KEY], self.method)
-        if self._made_by["original"] != state_dict[KEY]["original"]:
+        made_by = state_dict.get(KEY, {})
+        if "original" not in made_by:
+            raise MisconfigurationException(
+                "The checkpoint does not say which model its run started from, so that cannot go on. Start a new run."
+            )
+        check_resumed(made_by, self.method)
+        if self._made_by["original"] != made_by["original"]:
             raise MisconfigurationException(
                 "The module does not hold the original model that the resumed run started from. Load that before the fit."
             )

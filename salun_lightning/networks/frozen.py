@@ -43,4 +43,5 @@ class Frozen(nn.Module):
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        memo[id(self.network)] = self.network  # also where else the copied object names it
         return self

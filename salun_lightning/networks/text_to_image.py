@@ -1,7 +1,8 @@
 """Text-to-image pipelines of diffusers: how they are read, how prompts become embeddings, and a small one to train."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,13 +24,13 @@ class Embedded(NamedTuple):
     """Of each prompt as a whole, (P, E); with Stable Diffusion XL."""
 
 
-def read_text_to_image(source: str | os.PathLike[str]) -> "DiffusionPipeline":
+def text_to_image(source: "str | os.PathLike[str] | DiffusionPipeline") -> "DiffusionPipeline":
     """Read a text-to-image pipeline with a UNet: Stable Diffusion 1, 2 or XL, or what is built like them.
 
     No pickle is executed. A safety checker is left out: it would blacken images that are to be measured.
 
     Args:
-        source: A directory, or the name of a pipeline on the hub of Hugging Face.
+        source: A directory, the name of a pipeline on the hub of Hugging Face, or a pipeline that is there already.
 
     Raises:
         ModuleNotFoundError: transformers is not installed.
@@ -38,13 +39,18 @@ def read_text_to_image(source: str | os.PathLike[str]) -> "DiffusionPipeline":
     _need_transformers()
     import diffusers
 
+    if isinstance(source, diffusers.DiffusionPipeline):
+        kinds = {name: type(part).__name__ for name, part in source.components.items() if part is not None}
+        _check_parts("The pipeline", type(source).__name__, kinds)
+        _check_channels(source)
+        return source
     verbosity = diffusers.logging.get_verbosity()
     diffusers.logging.set_verbosity(diffusers.logging.CRITICAL)  # the errors below say the same
     try:
         index = diffusers.DiffusionPipeline.load_config(source)
-        _check_parts(str(source), index)
+        _check_parts(str(source), index["_class_name"], _kinds(index))
         left_out = {"safety_checker": None} if "safety_checker" in index else {}
-        return diffusers.DiffusionPipeline.from_pretrained(source, use_safetensors=True, **left_out)
+        read = diffusers.DiffusionPipeline.from_pretrained(source, use_safetensors=True, **left_out)
     except (OSError, RuntimeError, KeyError) as error:
         reason = str(error).partition("\n")[0].rstrip(" .")
         raise ValueError(
@@ -53,19 +59,36 @@ def read_text_to_image(source: str | os.PathLike[str]) -> "DiffusionPipeline":
         ) from error
     finally:
         diffusers.logging.set_verbosity(verbosity)
+    _check_channels(read)
+    return read
 
 
-def _check_parts(source: str, index: dict[str, Any]) -> None:
-    parts = {name: part[1] for name, part in index.items() if isinstance(part, list | tuple) and len(part) == 2}
+def _check_channels(pipeline: Any) -> None:
+    told, made = pipeline.unet.config.in_channels, pipeline.vae.config.latent_channels
+    if told != made:
+        raise ValueError(
+            f"The UNet of the pipeline takes {told} channels, and the latents have {made}: it is told more than a prompt, such"
+            " as an image to change. Give a pipeline that is told prompts alone."
+        )
+
+
+def _kinds(index: Mapping[str, Any]) -> dict[str, str]:
+    """The classes of the parts that model_index.json names."""
+    parts = {name: part for name, part in index.items() if isinstance(part, list | tuple) and len(part) == 2}
+    return {name: kind for name, (_, kind) in parts.items() if kind}
+
+
+def _check_parts(name: str, kind: str, parts: Mapping[str, str]) -> None:
     if "unet" not in parts and "transformer" in parts:
         raise ValueError(
-            f"'{source}' is a {index.get('_class_name')}, which has a transformer in the place of a UNet. Such pipelines"
-            " (Stable Diffusion 3, Flux) are not served yet: give one of Stable Diffusion 1, 2 or XL."
+            f"'{name}' is a {kind}, which has a transformer in the place of a UNet. Such pipelines (Stable Diffusion 3, Flux)"
+            " are not served yet: give one of Stable Diffusion 1, 2 or XL."
         )
-    if parts.get("unet") != "UNet2DConditionModel" or not parts.get("tokenizer") or not parts.get("text_encoder"):
+    if parts.get("unet") != "UNet2DConditionModel" or not {"vae", "tokenizer", "text_encoder"} <= parts.keys():
+        has = ", ".join(sorted(f"{part} ({of})" for part, of in parts.items())) or "nothing"
         raise ValueError(
-            f"'{source}' is no text-to-image pipeline: it needs a UNet2DConditionModel, a tokenizer and a text encoder, and has"
-            f" {', '.join(sorted(f'{name} ({kind})' for name, kind in parts.items() if kind)) or 'nothing'}."
+            f"'{name}' is no text-to-image pipeline: it needs a UNet2DConditionModel, a VAE, a tokenizer and a text encoder,"
+            f" and has {has}."
         )
 
 
@@ -99,7 +122,7 @@ def embed(pipeline: Any, prompts: Sequence[str], device: torch.device) -> Embedd
                 f" {pipeline.tokenizer.model_max_length}. Shorten it."
             )
     made = []
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):  # they are kept, whoever asks first
         for start in range(0, len(prompts), _CHUNK):
             made.append(
                 pipeline.encode_prompt(
@@ -212,17 +235,12 @@ def _idle_vae() -> Any:
 
 
 def _word_tokenizer(words: str, length: int) -> Any:
-    """A tokenizer of CLIP that makes one token of each word, and takes prompts of so many words."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    from transformers import CLIPTokenizer
+    """A tokenizer of CLIP that knows these words alone, each as one token, and takes prompts of so many words."""
+    from transformers import AddedToken, CLIPTokenizer
 
-    start, end = "<|startoftext|>", "<|endoftext|>"
-    learned = Tokenizer(models.BPE(unk_token=end, end_of_word_suffix="</w>"))
-    learned.pre_tokenizer = pre_tokenizers.Whitespace()
-    trainer = trainers.BpeTrainer(
-        vocab_size=100_000, special_tokens=[start, end], end_of_word_suffix="</w>", show_progress=False
-    )
-    learned.train_from_iterator([words], trainer)
     with TemporaryDirectory() as folder:
-        learned.model.save(folder)
-        return CLIPTokenizer.from_pretrained(folder, model_max_length=2 + length)
+        Path(folder, "vocab.json").write_text('{"<|startoftext|>": 0, "<|endoftext|>": 1}', encoding="utf-8")
+        Path(folder, "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
+        tokenizer = CLIPTokenizer.from_pretrained(folder, model_max_length=2 + length)
+    tokenizer.add_tokens([AddedToken(word, single_word=True) for word in dict.fromkeys(words.split())])
+    return tokenizer

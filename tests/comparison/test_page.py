@@ -119,7 +119,9 @@ def test_its_values_are_those_of_the_table(made: Any) -> None:
     columns, rows = table_rows(summary, results, TABLE)
     assert page.rows == [["", *columns], *rows]
     assert len(rows) == len(ROWS)
-    assert all(re.fullmatch(r"-?[\d.]+ ± [\d.]+|0|-|-?[\d.]+ \[-?[\d.]+, [\d.]+\]", value) for row in rows for value in row[1:])
+    assert all(
+        re.fullmatch(r"-?[\d.]+ ± [\d.]+|0|-|-?[\d.]+ \[-?[\d.]+, -?[\d.]+\]", value) for row in rows for value in row[1:]
+    )
 
 
 def test_each_case_has_a_table_of_its_own(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 
 from salun_lightning.evidence.gaps import average_gap, gaps
-from salun_lightning.evidence.measures import accuracy, figures, forgotten, membership_inference, recognition
+from salun_lightning.evidence.measures import accuracy, composition, figures, forgotten, membership_inference, recognition
 from salun_lightning.evidence.predictions import PredictedSet, Predictions
 
 Confidences = dict[str, Tensor]
@@ -229,3 +229,39 @@ def test_gaps_are_of_the_figures_that_both_have() -> None:
     assert gaps(one, reference, ["FID"]) == {"FID": 2.0}
     assert average_gap(one, reference, ["UA", "RA"]) == 2.0
     assert average_gap(one, reference) is None  # TA is no number, and there is no MIA
+
+
+def test_composition_is_counted_image_by_image() -> None:
+    """Conditions: 0, 1 and 2 ask for a class alone; 3 for 0 beside 1, 4 for 1 beside 2, 5 for 2 beside 0."""
+    asked = {0: {"middle": 0}, 1: {"middle": 1}, 2: {"middle": 2}, 3: {"left": 0, "right": 1}, 4: {"left": 1, "right": 2}}
+    asked[5] = {"left": 2, "right": 0}
+    draw = np.random.RandomState(0)
+    rows: dict[str, list[tuple[Tensor, int, int]]] = {"left": [], "middle": [], "right": []}
+    seen: dict[tuple[int, int], dict[str, int]] = {}
+    for number in range(40):
+        for condition, parts in asked.items():
+            for part, target in parts.items():
+                logits = torch.from_numpy(draw.normal(size=3)).float()
+                rows[part].append((logits, target, number * 6 + condition))
+                seen.setdefault((number, condition), {})[part] = int(logits.argmax())
+    said = {
+        part: PredictedSet(torch.stack([row[0] for row in of]), *(torch.tensor([row[place] for row in of]) for place in (1, 2)))
+        for part, of in rows.items()
+    }
+    found = composition(said, [0, 3, 5], 6)  # all that ask for class 0
+
+    def share(answers: list[bool]) -> float:
+        return 100 * sum(answers) / len(answers)
+
+    images = range(40)
+    expected = {
+        "UA": share([seen[n, 0]["middle"] != 0 for n in images]),
+        "acc": share([seen[n, c]["middle"] == c for n in images for c in (1, 2)]),
+        "inside": share([seen[n, 3]["left"] == 0 for n in images] + [seen[n, 5]["right"] == 0 for n in images]),
+        "other": share([seen[n, 3]["right"] == 1 for n in images] + [seen[n, 5]["left"] == 2 for n in images]),
+        "pairs": share([seen[n, 4] == {"left": 1, "right": 2} for n in images]),
+    }
+    assert found == pytest.approx(expected)
+    assert composition({"middle": said["middle"]}, [0], 6).keys() == {"UA", "acc"}  # of what was not asked for there is none
+    unsure = PredictedSet(torch.full((2, 3), torch.nan), torch.tensor([0, 1]), torch.tensor([0, 1]))
+    assert composition({"middle": unsure}, [0], 6) == {"UA": 100.0, "acc": 0.0}

@@ -1,5 +1,6 @@
 """Text-to-image pipelines: what the module does with them is what plain diffusers does."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,12 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
     DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -17,12 +23,15 @@ from diffusers import (
 from lightning.pytorch import LightningDataModule
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from salun_lightning.data import DigitPromptsDataModule, ForgetConcepts, ForgetRetainDataModule, ImageTensors
+from salun_lightning.cli import main
+from salun_lightning.data import DigitPromptsDataModule, ForgetConcepts, ForgetRetainDataModule, ImageTensors, Samples
 from salun_lightning.methods import FineTune, Remap
+from salun_lightning.modules.noise import min_snr_weights
 from salun_lightning.modules.sampling import Sampling, generators, noise_of
 from salun_lightning.modules.text_to_image import TextToImage
-from salun_lightning.networks.text_to_image import embed, read_text_to_image, small_text_to_image
+from salun_lightning.networks.text_to_image import embed, small_text_to_image, text_to_image
 from salun_lightning.saliency import SaliencyMasking
+from tests.modules.small_diffusion import unet
 from tests.modules.small_runs import same, trainer, weights
 
 WORDS = "a photo of an beside zero one two three four five six seven eight nine"
@@ -111,6 +120,19 @@ def test_it_draws_what_plain_diffusers_draws(kind: str, prediction: str, tmp_pat
     assert expected.shape == (3, 3, 16, 16)
 
 
+@pytest.mark.parametrize("kind", [PNDMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler])
+def test_it_draws_as_ddim_whatever_scheduler_a_pipeline_comes_with(kind: Any, tmp_path: Path) -> None:
+    pipeline: Any = stable_diffusion("1")
+    extra = {"skip_prk_steps": True, "set_alpha_to_one": False} if kind is PNDMScheduler else {}
+    pipeline.scheduler = kind(beta_schedule="scaled_linear", steps_offset=1, **extra)
+    module = started(TextToImage(pipeline, sampling=Sampling(steps=3, guidance=3.0)), Photos(), tmp_path)
+    module.save_pretrained(tmp_path / "pipeline")
+    plain: Any = DiffusionPipeline.from_pretrained(tmp_path / "pipeline")
+    assert type(plain.scheduler) is kind
+    plain.scheduler = DDIMScheduler.from_config(plain.scheduler.config, clip_sample=False)
+    torch.testing.assert_close(module.sample(TARGETS, NUMBERS), drawn(plain, module, PROMPTS), atol=1e-5, rtol=0)
+
+
 def test_the_small_pipeline_draws_what_plain_diffusers_draws(tmp_path: Path) -> None:
     data = digits()
     data.setup()
@@ -124,13 +146,14 @@ def test_the_small_pipeline_draws_what_plain_diffusers_draws(tmp_path: Path) -> 
     torch.testing.assert_close(module.decode(module.encode(images)), images, atol=5e-4, rtol=0)  # a tenth of it in tanh
 
 
-def test_a_word_is_a_token(tmp_path: Path) -> None:
-    data = digits()
-    data.setup()
-    tokenizer = small_text_to_image(WORDS).tokenizer
-    words = {word for prompt in data.class_names for word in prompt.split()}
-    assert all(len(tokenizer(word)["input_ids"]) == 3 for word in words)
-    assert len({tokenizer(word)["input_ids"][1] for word in words}) == len(words)
+def test_a_word_is_a_token_with_the_same_number_in_every_process(tmp_path: Path) -> None:
+    pipeline = small_text_to_image(WORDS)
+    pipeline.save_pretrained(tmp_path)
+    asked = "A photo of an eight beside a seven"
+    for tokenizer in (pipeline.tokenizer, DiffusionPipeline.from_pretrained(tmp_path).tokenizer):
+        numbers = tokenizer(asked)["input_ids"]
+        assert numbers == [0, *(2 + WORDS.split().index(word) for word in asked.lower().split()), 1]
+    assert len({*WORDS.split()}) + 2 == len(pipeline.tokenizer)
 
 
 def test_the_weights_of_the_unet_alone_are_trained_and_saved(tmp_path: Path) -> None:
@@ -147,33 +170,53 @@ def test_the_weights_of_the_unet_alone_are_trained_and_saved(tmp_path: Path) -> 
         assert not any(weight.requires_grad for weight in module.pipeline.components[name].parameters())
 
 
-def test_a_concept_is_remapped_to_its_anchor_under_a_mask(tmp_path: Path) -> None:
+def test_a_concept_is_remapped_to_its_anchor_under_a_mask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline = stable_diffusion("1")
     original = weights(pipeline.unet)
     module = TextToImage(pipeline, method=Remap(to="anchor"), sampling=Sampling(guidance=3.0))
-    masking = SaliencyMasking(0.5)
+    masking, asked, denoise = SaliencyMasking(0.5), set(), module.denoise
+
+    def watched(noisy: Any, timesteps: Any, targets: Any = None, original: bool = False) -> Any:
+        if original:
+            asked.update(zip(forgotten[-1], targets.tolist(), strict=True))
+        forgotten.append([] if targets is None else targets.tolist())
+        return denoise(noisy, timesteps, targets, original)
+
+    forgotten: list[list[int]] = []
+    wanted = module.anchors
+    monkeypatch.setattr(module, "anchors", lambda targets: (forgotten.append(targets.tolist()), wanted(targets))[1])
+    monkeypatch.setattr(module, "denoise", watched)
     trainer(tmp_path, max_epochs=1, callbacks=[masking]).fit(module, datamodule=Photos())
     moved = {name: (tensor != original[name]) for name, tensor in weights(module.network).items()}
     assert 0 < sum(int(where.sum()) for where in moved.values()) <= sum(int(allowed.sum()) for allowed in masking.mask.values())
     for name, allowed in masking.mask.items():
         assert not (moved[name.removeprefix("network.")] & ~allowed).any()
+    assert asked == {(1, 0), (2, 4)}
     prompts = [*PROMPTS, "", "a cat beside a cat"]
     assert module.anchors(torch.arange(3)).tolist() == [0, 0, 4]
     torch.testing.assert_close(module.embedded.tokens, embed(pipeline, prompts, torch.device("cpu")).tokens)
 
 
-def test_the_loss_of_a_timestep_is_weighted() -> None:
-    plain, weighted = (TextToImage(small_text_to_image("a"), min_snr=gamma) for gamma in (None, 2.0))
-    assert plain.min_snr is None
-    from salun_lightning.modules.noise import min_snr_weights
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_the_loss_of_a_timestep_is_weighted(prediction: str, tmp_path: Path) -> None:
+    samples = Samples(torch.rand(6, 3, 16, 16), torch.arange(6) % 3, torch.arange(6))
+    found = {}
+    for gamma in (None, 2.0):
+        module = started(TextToImage(stable_diffusion("1", prediction), min_snr=gamma), Photos(), tmp_path)
+        torch.manual_seed(3)
+        found[gamma] = module.losses(samples)
+        torch.manual_seed(3)
+        timesteps = module.noised(samples)[1]
+    kept = module.process.alphas_cumprod[timesteps]
+    ratios = (kept / (1 - kept)).tolist()
+    weights = [min(ratio, 2.0) / (ratio + (prediction != "epsilon")) for ratio in ratios]
+    torch.testing.assert_close(found[2.0], found[None] * torch.tensor(weights))
+    assert min(ratios) < 2 < max(ratios)
 
-    timesteps = torch.tensor([0, 400, 999])
-    kept = weighted.process.alphas_cumprod[timesteps]
-    ratio = kept / (1 - kept)
-    expected = [min(value, 2.0) / value for value in ratio.tolist()]
-    assert min_snr_weights(weighted.process, timesteps, 2.0).tolist() == pytest.approx(expected)
-    assert expected[0] < 0.01
-    assert expected[2] == 1
+
+def test_no_noise_at_all_is_weighted_too() -> None:
+    process = DDPMScheduler(rescale_betas_zero_snr=True)
+    assert min_snr_weights(process, torch.tensor([999]), 5.0).tolist() == [1]
 
 
 def saved(folder: Path, **index: Any) -> Path:
@@ -185,17 +228,23 @@ def saved(folder: Path, **index: Any) -> Path:
 def test_what_is_no_such_pipeline_is_refused_in_a_sentence(tmp_path: Path) -> None:
     flux = saved(tmp_path / "flux", transformer=["diffusers", "FluxTransformer2DModel"])
     with pytest.raises(ValueError, match=r"has a transformer in the place of a UNet\. .* not served yet"):
-        read_text_to_image(flux)
+        text_to_image(flux)
     unconditional = saved(tmp_path / "ddpm", unet=["diffusers", "UNet2DModel"])
     with pytest.raises(ValueError, match=r"is no text-to-image pipeline: it needs .*, and has unet \(UNet2DModel\)\."):
-        read_text_to_image(unconditional)
+        text_to_image(unconditional)
+    inpainting: Any = stable_diffusion("1")
+    inpainting.unet.register_to_config(in_channels=9)
+    with pytest.raises(ValueError, match=r"takes 9 channels, and the latents have 4: it is told more than a prompt"):
+        TextToImage(inpainting)
+    with pytest.raises(ValueError, match=r"'The pipeline' is no text-to-image pipeline: .* and has scheduler .*, unet"):
+        TextToImage(DDPMPipeline(unet(), DDPMScheduler()))
     with pytest.raises(ValueError, match="cannot be read as a text-to-image pipeline"):
-        read_text_to_image(tmp_path / "nowhere")
+        text_to_image(tmp_path / "nowhere")
     stable_diffusion("1").save_pretrained(tmp_path / "damaged")
     weights_file = tmp_path / "damaged" / "unet" / "diffusion_pytorch_model.safetensors"
     weights_file.write_bytes(weights_file.read_bytes()[:1000])
     with pytest.raises(ValueError, match="cannot be read as a text-to-image pipeline"):
-        read_text_to_image(tmp_path / "damaged")
+        text_to_image(tmp_path / "damaged")
 
 
 def test_prompts_that_do_not_fit_are_refused() -> None:
@@ -204,3 +253,41 @@ def test_prompts_that_do_not_fit_are_refused() -> None:
         ValueError, match=r"The prompt 'a cat beside .*' has 8 tokens, .* and the tokenizer takes 7\. Shorten it"
     ):
         embed(pipeline, ["a cat beside a dog a"], torch.device("cpu"))
+
+
+def test_copies_share_what_is_frozen(tmp_path: Path) -> None:
+    module = TextToImage(stable_diffusion("xl"))
+    copied = copy.deepcopy(module)
+    for name, part in module.pipeline.components.items():
+        if isinstance(part, torch.nn.Module):
+            assert (copied.pipeline.components[name] is part) == (name != "unet")
+    assert copied.pipeline.unet is copied.network
+    assert copied.network is not module.network
+
+
+def test_a_module_is_made_again_from_its_checkpoint(tmp_path: Path) -> None:
+    module = TextToImage(stable_diffusion("1"), method=FineTune(order="all"))
+    run = trainer(tmp_path, max_epochs=1)
+    run.fit(module, datamodule=Photos())
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    again = TextToImage.load_from_checkpoint(tmp_path / "last.ckpt", pipeline=stable_diffusion("1"))
+    assert same(weights(again.network), weights(module.network))
+    with pytest.raises(ValueError, match=r"TextToImage.load_from_checkpoint\(path, pipeline=\.\.\.\)"):
+        TextToImage.load_from_checkpoint(tmp_path / "last.ckpt")
+
+
+def test_a_concept_is_forgotten_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The original model is trained from random weights, and a concept forgotten in the pipeline that this leaves behind."""
+    monkeypatch.chdir(tmp_path)
+    once = ["--trainer.max_steps=1", "--trainer.enable_progress_bar=false", "--data.pairs=20"]
+    main(["fit", "-c", "digits_text", "-c", "digits_text/original", *once])
+    pipeline = tmp_path / "runs" / "digits_text" / "original" / "pipeline"
+    before = weights(DiffusionPipeline.from_pretrained(pipeline).unet)
+    started_from = [f"--model.pipeline={pipeline}", "--model.original=null", "--trainer.default_root_dir=erased"]
+    main(["fit", "-c", "digits_text", "-c", "method/salun_concept", *started_from, *once])
+    after = weights(DiffusionPipeline.from_pretrained(tmp_path / "erased" / "pipeline").unet)
+    moved = sum(int((after[name] != tensor).sum()) for name, tensor in before.items())
+    total = sum(tensor.numel() for tensor in before.values())
+    assert 0.2 * total < moved <= total // 2
+    again = TextToImage.load_from_checkpoint(tmp_path / "erased" / "checkpoints" / "last.ckpt")
+    assert same(weights(again.network), after)

@@ -227,6 +227,16 @@ def test_a_run_is_only_resumed_with_its_original_and_its_method(tmp_path: Path) 
         fit(tmp_path, BadTeacher(), module=elsewhere, ckpt_path=tmp_path / "last.ckpt")
     with pytest.raises(MisconfigurationException, match=r"with the method BadTeacher\(.*but this one has RandomLabel\("):
         fit(tmp_path, RandomLabel(order="mixed"), ckpt_path=tmp_path / "last.ckpt")
+    with torch.no_grad():
+        next(elsewhere.parameters()).sub_(1.0)
+        next(buffer for buffer in elsewhere.buffers() if buffer.is_floating_point()).add_(1.0)
+    with pytest.raises(MisconfigurationException, match="does not hold the original model"):  # with other running statistics
+        fit(tmp_path, BadTeacher(), module=elsewhere, ckpt_path=tmp_path / "last.ckpt")
+    kept = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    next(state for key, state in kept["callbacks"].items() if key.startswith("Unlearn")).pop("made_by")
+    torch.save(kept, tmp_path / "old.ckpt")
+    with pytest.raises(MisconfigurationException, match="does not say which model its run started from"):
+        fit(tmp_path, BadTeacher(), ckpt_path=tmp_path / "old.ckpt")
     fit(tmp_path, FineTune(), max_epochs=1).trainer.save_checkpoint(tmp_path / "plain.ckpt")
     resumed = fit(tmp_path, FineTune(), module=elsewhere, ckpt_path=tmp_path / "plain.ckpt")  # does not refer to an original
     assert resumed.trainer.current_epoch == 2
