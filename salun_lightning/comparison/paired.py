@@ -65,9 +65,8 @@ def best_row(results: Results, table: Table) -> str | None:
     """The row with the smallest average gap, of those that were measured in all runs of the reference."""
     gaps = {row: of_row for row, of_row in gaps_by_run(results, table).items() if row not in table.noise_floor}
     runs = gaps.pop(table.reference, {}).keys()
-    means = {
-        row: fmean(gap for found in of_row.values() for gap in found) for row, of_row in gaps.items() if of_row.keys() >= runs
-    }
+    whole = {row: of_row for row, of_row in gaps.items() if of_row and of_row.keys() >= runs}
+    means = {row: fmean(gap for found in of_row.values() for gap in found) for row, of_row in whole.items()}
     return min(means, key=means.__getitem__, default=None)
 
 
