@@ -1,8 +1,8 @@
 """Samples images while a generative model is tested, and measures them."""
 
 import os
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -14,7 +14,7 @@ from typing_extensions import override
 from salun_lightning.callbacks.requests import ImageRequests, Requested
 from salun_lightning.data import ForgetClasses
 from salun_lightning.data.order import FixedOrder
-from salun_lightning.evidence.measures import recognition
+from salun_lightning.evidence.measures import judged
 from salun_lightning.evidence.predictions import Predictions, Recorder
 from salun_lightning.metrics import Distribution
 from salun_lightning.metrics.distribution import Kind
@@ -53,7 +53,8 @@ class GenerationEvaluator(Callback):
 
     predictions: Predictions | None
     """After a test, what the classifier says of every image: the set ``generated``, whose targets are the conditions that were
-    asked for, and whose indices are condition x ``per_condition`` + number of the image. None without a classifier."""
+    asked for, and whose indices are number of the image x number of conditions + condition; or ``generated/<part>`` for each
+    part of the images, whose targets are what was asked for there. None without a classifier."""
 
     def __init__(
         self,
@@ -142,8 +143,7 @@ class GenerationEvaluator(Callback):
         kind = _COMPARED.get(outputs["set"])
         if kind is not None:
             retained = _retained(trainer, batch.targets)
-            _, features = self._look(batch.inputs[retained])
-            self.distribution.update(features, batch.targets[retained], kind)
+            self._compare(trainer, batch.inputs[retained], batch.targets[retained], kind)
 
     @override
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -156,7 +156,7 @@ class GenerationEvaluator(Callback):
         results: dict[str, Any] = self.distribution.compute()
         if self.classifier is not None:
             self.predictions = self._recorder.predictions()
-            results |= recognition(self.predictions.sets["generated"], _forgotten(trainer), _names(trainer))
+            results |= judged(self.predictions, _forgotten(trainer), _names(trainer))
         pl_module.log_dict(results, sync_dist=True)
 
     def _take(self, trainer: Trainer, generated: dict[str, Any]) -> None:
@@ -164,12 +164,34 @@ class GenerationEvaluator(Callback):
         for image, target, index in zip(images, targets.tolist(), numbers.tolist(), strict=True):
             if index < _EXAMPLES:
                 self.examples.setdefault(target, {})[index] = image.cpu()
-        logits, features = self._look(images.float() / 255)  # what a file of it would hold
-        retained = _retained(trainer, targets)
-        if logits is not None:
-            indices = targets * self.per_condition + numbers
-            self._recorder.add({"set": "generated", "logits": logits, "target": targets, "index": indices})
-        self.distribution.update(features[retained], targets[retained], "generated")
+        images = images.float() / 255  # what a file of it would hold
+        for part in self._parts(trainer, images, targets):
+            logits, features = self._look(part.images)
+            if logits is not None:
+                indices = numbers[part.rows] * len(_names(trainer)) + targets[part.rows]
+                self._recorder.add({"set": part.name, "logits": logits, "target": part.asked, "index": indices})
+            retained = _retained(trainer, targets[part.rows])
+            self.distribution.update(features[retained], targets[part.rows][retained], "generated")
+
+    def _compare(self, trainer: Trainer, images: Tensor, targets: Tensor, kind: Kind) -> None:
+        for part in self._parts(trainer, images, targets):
+            self.distribution.update(self._look(part.images)[1], targets[part.rows], kind)
+
+    def _parts(self, trainer: Trainer, images: Tensor, targets: Tensor) -> Iterator["_Part"]:
+        """What is judged: the images, or the parts of them in which their condition asks for something.
+
+        The latter where the datamodule has ``parts``, boxes (left, top, right, bottom) by name, and ``contents`` (conditions,
+        parts): the class that is asked for in each, and -1 where nothing is.
+        """
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        if not hasattr(data, "contents"):
+            yield _Part("generated", torch.arange(len(images), device=images.device), images, targets)
+            return
+        asked = data.contents.to(targets.device)[targets]
+        for number, (name, (left, top, right, bottom)) in enumerate(data.parts.items()):
+            rows = (asked[:, number] >= 0).nonzero().flatten()
+            if len(rows):
+                yield _Part(f"generated/{name}", rows, images[rows, :, top:bottom, left:right], asked[rows, number])
 
     @torch.no_grad()
     def _look(self, images: Tensor) -> tuple[Tensor | None, Tensor]:
@@ -181,6 +203,15 @@ class GenerationEvaluator(Callback):
                 return logits_and_features(self.classifier.network, images)
             logits = None if self.classifier is None else self.classifier(images)
             return logits, self.features(images).flatten(1).float()
+
+
+class _Part(NamedTuple):
+    """One part of some images: its name, which of them, what it shows, and the class that is asked for."""
+
+    name: str
+    rows: Tensor
+    images: Tensor
+    asked: Tensor
 
 
 def _names(trainer: Trainer) -> list[str]:

@@ -45,11 +45,10 @@ class Figures:
 
 
 def _computed(cell: Cell, result: dict[str, Any]) -> dict[str, float]:
-    from salun_lightning.evidence.measures import figures, recognition
+    from salun_lightning.evidence.measures import figures, judged
     from salun_lightning.evidence.predictions import Predictions
 
     predictions = Predictions.load(cell.predictions)
-    generated, names = predictions.sets.get("generated"), result["class_names"]
+    names = result["class_names"]
     forgotten = [names.index(name) for name in result["forgotten_classes"]]
-    judged = {} if generated is None else recognition(generated, forgotten, names)
-    return {**figures(predictions), **judged}
+    return {**figures(predictions), **judged(predictions, forgotten, names)}

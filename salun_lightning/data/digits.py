@@ -1,7 +1,7 @@
 """The handwritten digits that scikit-learn ships: 1,797 real images, no download."""
 
 from itertools import product
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -37,6 +37,8 @@ class DigitPromptsDataModule(ForgetRetainDataModule):
     Half of the prompts begin with "a photo of". Each single digit is there once with either. Pairs are drawn: two digits and an
     image of each, of training images alone or of test images alone.
 
+    ``contents`` says which digit a prompt asks for in each of the ``parts`` of the image, and -1 where none is.
+
     Args:
         pairs: How many pairs are drawn for training; for testing, a fifth as many.
         **kwargs: See ``ForgetRetainDataModule``.
@@ -44,6 +46,11 @@ class DigitPromptsDataModule(ForgetRetainDataModule):
     Raises:
         ValueError: ``pairs`` is negative.
     """
+
+    parts: ClassVar = {"left": (0, 0, 8, 8), "middle": (4, 0, 12, 8), "right": (8, 0, 16, 8)}
+    contents = torch.tensor(
+        [*((-1, one, -1) for one in range(10)), *((a, -1, b) for a, b in product(range(10), repeat=2))] * len(_TEMPLATES)
+    )
 
     def __init__(self, pairs: int = 6700, **kwargs: Any) -> None:
         super().__init__(**kwargs)

@@ -21,7 +21,7 @@ def figures(predictions: Predictions) -> dict[str, float]:
     in percent, and the accuracy on every set, such as ``test/val/acc``, as a fraction.
     """
     sets = predictions.sets
-    accuracies = {name: accuracy(part) for name, part in sets.items() if name != "generated"}
+    accuracies = {name: accuracy(part) for name, part in sets.items() if not name.startswith("generated")}
     percent = {name: 100 * value for name, value in accuracies.items()}
     found = {figure: percent[name] for figure, name in (("RA", "retain"), ("TA", "test")) if name in percent}
     if "forget" in percent:
@@ -112,6 +112,22 @@ def recognition(generated: PredictedSet, forgotten_classes: Sequence[int], class
     for number in targets.unique().tolist():
         results[f"acc/{class_names[number]}"] = 100 * found[targets == number].double().mean()
     return {name: value.float().item() for name, value in results.items()}
+
+
+def judged(predictions: Predictions, forgotten: Sequence[int], class_names: Sequence[str]) -> dict[str, float]:
+    """What a classifier says of generated images, if it was asked: see :func:`recognition` and :func:`composition`.
+
+    Args:
+        predictions: What it says.
+        forgotten: The conditions that are forgotten.
+        class_names: The names of all conditions.
+    """
+    whole = predictions.sets.get("generated")
+    parts = {name: part for name, part in predictions.sets.items() if name.startswith("generated/")}
+    return {
+        **({} if whole is None else recognition(whole, forgotten, class_names)),
+        **(composition(parts, forgotten, len(class_names)) if parts else {}),
+    }
 
 
 def composition(parts: Mapping[str, PredictedSet], forgotten: Sequence[int], conditions: int) -> dict[str, float]:

@@ -23,12 +23,15 @@ from diffusers import (
 from lightning.pytorch import LightningDataModule
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from salun_lightning.callbacks import GenerationEvaluator
 from salun_lightning.cli import main
 from salun_lightning.data import DigitPromptsDataModule, ForgetConcepts, ForgetRetainDataModule, ImageTensors, Samples
+from salun_lightning.evidence.measures import composition
 from salun_lightning.methods import FineTune, Remap
 from salun_lightning.modules.noise import min_snr_weights
 from salun_lightning.modules.sampling import Sampling, generators, noise_of
 from salun_lightning.modules.text_to_image import TextToImage
+from salun_lightning.networks import SmallResNet
 from salun_lightning.networks.text_to_image import embed, small_text_to_image, text_to_image
 from salun_lightning.saliency import SaliencyMasking
 from tests.modules.small_diffusion import unet
@@ -291,3 +294,27 @@ def test_a_concept_is_forgotten_from_the_command_line(tmp_path: Path, monkeypatc
     assert 0.2 * total < moved <= total // 2
     again = TextToImage.load_from_checkpoint(tmp_path / "erased" / "checkpoints" / "last.ckpt")
     assert same(weights(again.network), after)
+
+
+def test_the_parts_that_prompts_ask_for_are_judged(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    judge = SmallResNet(num_classes=10, in_channels=1, width=4, stages=1)
+    prompts = ["a seven", "a photo of a three", "a seven beside a two", "a one beside a seven", "a two beside a six"]
+    evaluation = GenerationEvaluator(3, prompts, judge, features="classifier")
+    module = TextToImage(small_text_to_image(WORDS), sampling=Sampling(steps=2), evaluation=evaluation)
+    (logged,) = trainer(tmp_path).test(module, datamodule=digits(), verbose=False)[-1:]
+    names = module.datamodule.class_names
+    places = {"left": slice(0, 8), "middle": slice(4, 12), "right": slice(8, 16)}
+    asked = {"left": [(2, 7), (3, 1), (4, 2)], "middle": [(0, 7), (1, 3)], "right": [(2, 2), (3, 7), (4, 6)]}
+    for part, of_part in asked.items():
+        said = evaluation.predictions.sets[f"generated/{part}"]
+        conditions, numbers = said.indices % len(names), said.indices // len(names)
+        found = {(names[condition], digit) for condition, digit in zip(conditions.tolist(), said.targets.tolist(), strict=True)}
+        assert found == {(prompts[place], digit) for place, digit in of_part}
+        images = (255 * module.sample(conditions, numbers)).round() / 255
+        with torch.no_grad():
+            torch.testing.assert_close(said.logits, judge.eval()(images[..., places[part]]), atol=1e-4, rtol=0)
+    expected = composition(dict(evaluation.predictions.sets), module.datamodule.forgotten_classes, len(names))
+    assert {name: logged[name] for name in expected} == pytest.approx(expected)
+    assert expected.keys() == {"UA", "acc", "inside", "other", "pairs"}
+    assert logged["num_generated"] == 3 * (1 + 2)  # parts of what is retained
