@@ -33,7 +33,8 @@ def search(
 
     Looked for is the smallest avg. gap (UA, RA, TA, MIA) to the retrained model of the same seed, as a mean over the seeds. The
     options, and where values are looked for, stand under ``search`` in the configuration of a method. The best ones are written
-    to ``<task>/tuned/<method>.yaml``.
+    to ``<task>/tuned/<method>.yaml``, those for a request to ``<task>/<request>/tuned/``. The first trial has the default
+    settings; that of a request is followed by one with what was found for the task before, if anything was.
 
     Any number of processes may run the same command, also on several machines that share the folder. One that was killed goes
     on where it was.
@@ -43,7 +44,7 @@ def search(
             ``<task>/original`` and ``<task>/retrain``. Or a comparison (``compare/digits_requests``), which says all this, and
             whose cases are the requests.
         methods: Configurations of methods, such as ``ssd``.
-        trials: How many settings are tried of each method, for each request.
+        trials: How many settings are tried of each method, for each request. With a larger number, the same command goes on.
         seeds: The pilot seeds, by default 100 and 101.
         cases: Of a comparison, the cases that are searched for; by default all. Those without files of their own share the
             values that are found.

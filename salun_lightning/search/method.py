@@ -17,7 +17,7 @@ from salun_lightning.comparison.schedule import Schedule
 from salun_lightning.configurations import tuned_folder
 from salun_lightning.evidence.gaps import average_gap
 from salun_lightning.files import digest, set_aside, write_text
-from salun_lightning.search.space import read_space, size
+from salun_lightning.search.space import reaching, read_space, size
 from salun_lightning.search.trials import WORST, Claimed, Trials
 
 if TYPE_CHECKING:
@@ -105,8 +105,12 @@ class MethodSearch:
         # what the trials of another day came to is only taken up if nothing has changed since
         wanted = [cell.key for cell in pilot.plan.cells if cell.row == pilot.reference and cell.case in request.cases]
         name = f"{self.name} {digest([[cell.key for cell in cells], wanted, found, pilot.metrics])}"
-        defaults = {option: values[option] for option in space}
-        self.trials = Trials(journal, name, space, defaults, pilot.trials, place)
+        first = [{option: values[option] for option in space}]
+        known = [tuned_folder(task) / self.file.name for task in pilot.plan.task]
+        for other in (other for other in known if other != self.file and other.is_file()):  # found for the task: worth a trial
+            there = yaml.safe_load(other.read_text(encoding="utf-8")) or {}
+            first.append({option: there.get(option, value) for option, value in first[0].items()})
+        self.trials = Trials(journal, name, reaching(space, first), first, pilot.trials, place)
 
     def cells(self, options: Mapping[str, Any], folder: Path) -> list[Cell]:
         """The cells of a trial.

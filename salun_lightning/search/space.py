@@ -3,7 +3,7 @@
 import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,10 @@ class Choices:
     def at(self, fraction: float) -> Any:
         """The value at a fraction of the way, from 0 to 1."""
         return self.values[min(int(fraction * len(self.values)), len(self.values) - 1)]
+
+    def reaching(self, values: Sequence[Any]) -> "Choices":
+        """The list with further values that are not in it."""
+        return Choices((*self.values, *(value for value in values if value not in self.values)))
 
     def sampled(self, value: Any) -> Any:
         """What a value stands for that Optuna has drawn."""
@@ -77,6 +81,11 @@ class Range:
     def all(self) -> tuple[Any, ...]:
         """The values, if they are whole numbers."""
         return tuple(range(int(self.low), int(self.high) + 1))
+
+    def reaching(self, values: Sequence[float]) -> "Range":
+        """The range with its ends moved out to values that lie outside."""
+        fitting = [value for value in values if isinstance(value, int | float) and (value > 0 or not self.log)]
+        return replace(self, low=min(self.low, *fitting), high=max(self.high, *fitting))
 
     def at(self, fraction: float) -> Any:
         """The value at a fraction of the way, from 0 to 1."""
@@ -171,6 +180,16 @@ def _range(option: str, given: Mapping[str, Any], default: Any) -> Range:
         raise ValueError(f"The default of '{option}' is {default}, which no such range holds. Give a list of values.")
     whole = all(isinstance(number, int) for number in (low, high, default))
     return Range(min(low, default), max(high, default), log, whole)
+
+
+def reaching(space: Space, settings: Sequence[Mapping[str, Any]]) -> Space:
+    """The space with ranges and lists that hold these settings, too.
+
+    Args:
+        space: The space.
+        settings: Values of all its options.
+    """
+    return {option: part.reaching([values[option] for values in settings]) for option, part in space.items()}
 
 
 def size(space: Space) -> float:

@@ -78,7 +78,7 @@ class Claimed:
 class Trials:
     """The trials of one method.
 
-    Which settings come next depends on nothing but the settings and results that are there: first the default ones; then, up
+    Which settings come next depends on nothing but the settings and results that are there: first those of ``first``; then, up
     to half of the budget, settings that are spread evenly; then Optuna's TPE sampler, seeded with the name and the number of
     the trial. A space that has no more settings than the budget is tried out.
 
@@ -89,7 +89,7 @@ class Trials:
         journal: From :func:`open_journal`.
         name: The name of the method and request, with a digest of all that determines the results.
         space: What is tried.
-        defaults: The settings that are tried first.
+        first: The settings that are tried first: the default ones, and others that are known.
         budget: The number of trials.
         folder: Where those that run lie.
     """
@@ -97,7 +97,7 @@ class Trials:
     journal: "optuna.storages.BaseStorage"
     name: str
     space: Space
-    defaults: dict[str, Any]
+    first: list[dict[str, Any]]
     budget: int
     folder: Path
     forgiven: set[int] = field(default_factory=set)
@@ -107,6 +107,11 @@ class Trials:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.forgiven = {trial.number for trial in self._all() if "error" in trial.user_attrs}
         self.budget = int(min(self.budget, size(self.space)))
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The default settings."""
+        return self.first[0]
 
     @cached_property
     def study(self) -> "optuna.Study":
@@ -236,7 +241,8 @@ class Trials:
         """A new trial, and the settings it is to try."""
         tried = [trial.user_attrs["options"] for trial in counted]
         void = [trial.user_attrs["options"] for trial in self._all() if "options" in trial.user_attrs and self._is_void(trial)]
-        for options in (*void, self.defaults, *planned(self.space, self.budget)):
+        even = planned(self.space, self.budget) if size(self.space) <= self.budget or 2 * len(counted) < self.budget else []
+        for options in (*void, *self.first, *even):
             if options not in tried:
                 return self._fixed(options), options
         space, random = self.space_now, Random(f"{self.name} {len(counted)}")

@@ -87,6 +87,16 @@ def test_what_is_found_is_written_and_taken_by_comparisons(folder: Path, capsys:
     assert "--config labels.yaml --config digits/tuned/labels.yaml" in commands["memorised"]
 
 
+def test_a_request_tries_what_was_found_for_its_task(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "digits" / "tuned").mkdir(parents=True)
+    write(folder / "digits" / "tuned" / "labels.yaml", {"model.optimizer.lr": 0.7, "model.method.order": "mixed"})
+    search("--methods", "labels.yaml", "--trials", "3", "--cases", "tenth")
+    assert [re.sub(r".*  lr ", "", line) for line in trials(capsys.readouterr().out)[:2]] == [
+        '0.01, order "sequential"',
+        '0.7, order "mixed"',
+    ]
+
+
 def test_a_search_that_was_stopped_goes_on(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from salun_lightning.search.space import Choices, Range, Space, grid, spread
+from salun_lightning.search.space import Choices, Range, Space, grid, reaching, spread
 from salun_lightning.search.trials import WORST, Claimed, Trials, open_journal
 
 ROOT = Path(__file__).parents[2]
@@ -20,7 +20,7 @@ DEFAULTS = {"lr": 0.01, "order": "mixed"}
 
 def trials(folder: Path, budget: int = 12, space: Space = SPACE, **defaults: Any) -> Trials:
     """As another process would open them."""
-    return Trials(open_journal(folder / "journal.log"), "a method", space, defaults or DEFAULTS, budget, folder / "trials")
+    return Trials(open_journal(folder / "journal.log"), "a method", space, [defaults or DEFAULTS], budget, folder / "trials")
 
 
 def gap(options: dict[str, Any], best: float = 0.03) -> float:
@@ -51,12 +51,35 @@ def test_the_default_settings_come_first_and_then_spread_ones(tmp_path: Path) ->
     assert not list((tmp_path / "trials").iterdir())
 
 
+def test_what_is_known_comes_second_also_from_outside_the_range(tmp_path: Path) -> None:
+    known = [DEFAULTS, {"lr": 0.9, "order": "paired"}]
+    space = reaching(SPACE, known)
+    assert space == {"lr": Range(1e-3, 0.9, log=True), "order": Choices(("mixed", "paired"))}
+    opened = Trials(open_journal(tmp_path / "journal.log"), "a method", space, known, 12, tmp_path / "trials")
+    tried = run(opened, best=0.8)
+    assert tried[:2] == known
+    assert (len(tried), opened.defaults, opened.best.value) == (12, DEFAULTS, min(gap(options, 0.8) for options in tried))
+
+
+def test_a_larger_budget_goes_on_from_the_trials_that_are_there(tmp_path: Path) -> None:
+    few = run(trials(tmp_path, 6))
+    more = run(trials(tmp_path, 10))
+    assert (len(few), len(more)) == (6, 4)
+    assert not any(options in few for options in more)
+    assert more != [spread(SPACE, number) for number in range(2, 6)]  # what there is to learn from is learned from
+
+
+def test_values_that_no_range_can_hold_leave_it_as_it_is() -> None:
+    assert reaching({"lr": SPACE["lr"]}, [{"lr": "high"}, {"lr": -1.0}, {"lr": 0.05}]) == {"lr": SPACE["lr"]}
+    assert reaching({"order": SPACE["order"]}, [{"order": "all"}]) == {"order": Choices(("mixed", "paired", "all"))}
+
+
 def test_it_depends_on_nothing_but_what_is_there(tmp_path: Path) -> None:
     """Neither on when a process was started, nor on random numbers that others draw."""
     whole = run(trials(tmp_path / "whole"))
     parts = [options for _ in range(12) for options in run(trials(tmp_path / "parts"), limit=1)]
     assert parts == whole
-    other = Trials(open_journal(tmp_path / "parts" / "journal.log"), "another", SPACE, DEFAULTS, 12, tmp_path / "other")
+    other = Trials(open_journal(tmp_path / "parts" / "journal.log"), "another", SPACE, [DEFAULTS], 12, tmp_path / "other")
     tried = run(other)
     assert tried[:6] == whole[:6]
     assert tried[6:] != whole[6:]
