@@ -26,11 +26,12 @@ from torch import nn
 
 from salun_lightning.comparison.observers import Passes
 from salun_lightning.configurations import SHIPPED
-from salun_lightning.data import ForgetClasses, ForgetRetainDataModule, ImageTensors
+from salun_lightning.data import ForgetClasses, ForgetConcepts, ForgetRetainDataModule, ImageTensors
 from salun_lightning.methods import AMUN, Method, OneShot
-from salun_lightning.modules import ClassDiffusion, ImageClassifier
+from salun_lightning.modules import ClassDiffusion, ImageClassifier, TextToImage
 from salun_lightning.modules.base import UnlearningModule
 from salun_lightning.modules.sampling import Sampling
+from salun_lightning.networks.text_to_image import small_text_to_image
 
 PAGE = Path(__file__).with_name("methods.md")
 TITLE = "# Methods"
@@ -38,7 +39,7 @@ INTRO = """\
 This page is made from the methods themselves, by `python docs/make_methods.py`. Each runs with or without a saliency mask:
 `python train.py fit -c digits -c method/salun`. [Own method](own_method.md) says how to write another.
 
-- **for**: classifiers, diffusion models, or both.
+- **for**: classifiers, diffusion models of either kind, text-to-image models alone, or all of them.
 - **data**: the sets that it reads while it trains or computes its edit.
 - **original**: whether a frozen copy of the original model is kept beside the trained one.
 - **once**, **per epoch**: what it costs. 1 is what an epoch of ordinary training on the whole training set costs, measured in
@@ -53,6 +54,7 @@ _CITED = re.compile(
     r"|arXiv \d{4}\.\d{5}"
 )
 _COUNT, _FORGOTTEN, _CLASSES = 200, 0, 10
+_WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 
 
 @dataclass
@@ -79,7 +81,7 @@ class Shipped:
     @property
     def title(self) -> str:
         """What the comment begins with."""
-        return re.sub(r",? (for )?(classifiers|diffusion)( and whole classes)?$", "", self.comment.partition(":")[0])
+        return re.sub(r",? (for )?(classifiers|diffusion|a concept)( and whole classes)?$", "", self.comment.partition(":")[0])
 
 
 _KEYS = ("model.method", "model.optimizer", "model.trainable")
@@ -126,17 +128,26 @@ class _Watch(Callback):
         self.counts.append(self.passes.number)
 
 
-def _data() -> ForgetRetainDataModule:
+def _of_prompts(one: Shipped) -> bool:
+    """Whether it needs a concept and its anchor."""
+    return one.method.kind == "text-to-image" or getattr(one.method, "to", None) == "anchor"
+
+
+def _data(prompts: bool) -> ForgetRetainDataModule:
     """Images of which one class, a tenth, is to be forgotten, and a fifth of each class is for validation."""
     draw = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (_COUNT, 1, 8, 8), dtype=torch.uint8, generator=draw)
     images = ImageTensors(pixels, torch.arange(_COUNT) % _CLASSES)
-    return ForgetRetainDataModule(ForgetClasses([_FORGOTTEN]), images, images, val_fraction=0.2, batch_size=8)
+    request = ForgetConcepts({_WORDS[_FORGOTTEN]: _WORDS[-1]}) if prompts else ForgetClasses([_FORGOTTEN])
+    return ForgetRetainDataModule(request, images, images, class_names=_WORDS, val_fraction=0.2, batch_size=8)
 
 
 def _module(one: Shipped) -> UnlearningModule:
     """A small model of a kind that the method is for."""
     torch.manual_seed(0)
+    if _of_prompts(one):
+        pipeline = small_text_to_image(" ".join(_WORDS), height=8, width=8)
+        return TextToImage(pipeline, sampling=Sampling(steps=50), **one.arguments)
     if one.method.kind != "diffusion":
         layers = {"conv": nn.Conv2d(1, 4, 3), "relu": nn.ReLU(), "pool": nn.AvgPool2d(3), "flat": nn.Flatten()}
         return ImageClassifier(nn.Sequential(OrderedDict(layers, head=nn.Linear(16, _CLASSES))), **one.arguments)
@@ -159,7 +170,7 @@ def measured(one: Shipped) -> tuple[set[str], str, str]:
         warnings.simplefilter("ignore")
         limits = {"max_epochs": 2, "max_steps": steps, "limit_val_batches": 0}
         place = {"accelerator": "cpu", "devices": 1, "default_root_dir": folder, "callbacks": [passes, watch]}
-        Trainer(**quiet, **limits, **place).fit(_module(one), datamodule=_data())
+        Trainer(**quiet, **limits, **place).fit(_module(one), datamodule=_data(_of_prompts(one)))
     whole = 3 * _COUNT * 4 / 5
     before, *ends = watch.counts
     once = f"{before / whole:.1f}" if watch.prepared else f"{before:,} passes"  # whatever the size of the training set
@@ -201,14 +212,14 @@ def _left(text: str) -> str:
 
 
 def _rows(methods: list[Shipped]) -> Iterator[tuple[str, ...]]:
-    kinds = {"any": "both", "classifier": "classifiers", "diffusion": "diffusion"}
+    kinds = {"any": "all", "classifier": "classifiers", "diffusion": "diffusion", "text-to-image": "text-to-image"}
     for one in methods:
         read, once, per_epoch = measured(one)
         sets = [name for name in ("forget", "retain", "val") if name in read]
         yield (
             f"[{one.title}](#{one.kind.__name__.lower()}) `{one.name}`",
             published(one.kind),
-            kinds[one.method.kind],
+            kinds["text-to-image" if _of_prompts(one) else one.method.kind],
             ", ".join(sets),
             "yes" if one.method.needs_original else "",
             once,

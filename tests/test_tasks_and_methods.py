@@ -33,6 +33,7 @@ COMPARISONS = [name for name in NAMES if name.startswith("compare/") or name.end
 BESIDE = [name for name in NAMES if name.partition("/")[0] in TASKS and name not in {*TASKS, *TUNED, *COMPARISONS}]
 FIRST = {name: text.splitlines()[0].lower() for name, text in TEXTS.items()}  # a comment, which says what a method is for
 FOR_DIFFUSION = {name for name in METHODS if "diffusion" in FIRST[name]}
+FOR_PROMPTS = {name for name in METHODS if "for a concept" in FIRST[name]}
 FOR_CLASSIFIERS = {name for name in METHODS if "classifiers" in FIRST[name]}
 OF_WHOLE_CLASSES = {name for name in METHODS if "whole classes" in FIRST[name]}
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.accelerator=cpu"]
@@ -71,7 +72,11 @@ class TinyDigits(DigitsDataModule):
 
 
 def draws(task: str) -> bool:
-    return "ClassDiffusion" in TEXTS[task]
+    return "ClassDiffusion" in TEXTS[task] or has_prompts(task)
+
+
+def has_prompts(task: str) -> bool:
+    return "TextToImage" in TEXTS[task]
 
 
 def small(task: str, folder: Path) -> list[str]:
@@ -86,7 +91,9 @@ def small(task: str, folder: Path) -> list[str]:
         options.append("--model.sampling.steps=2")
     elif task != "digits":
         options.append(f"--model.network={json.dumps(NETWORK)}")
-    network = content["model"]["init_args"]["network"]["init_args"]
+    network = content["model"]["init_args"].get("network", {}).get("init_args", {})
+    if has_prompts(task):
+        options.append("--data.pairs=20")
     if "attention_head_dim" in network:
         widths = [8] * len(network["block_out_channels"])
         unet = {"block_out_channels": widths, "attention_head_dim": 8, "norm_num_groups": 4, "layers_per_block": 1}
@@ -116,16 +123,18 @@ def at_once(options: list[str], path: Path) -> list[str]:
 
 
 def fits(method: str, task: str) -> bool:
-    return method not in (FOR_CLASSIFIERS if draws(task) else FOR_DIFFUSION)
+    others = set() if has_prompts(task) else FOR_PROMPTS
+    return method not in (FOR_CLASSIFIERS if draws(task) else FOR_DIFFUSION) | others
 
 
 def pairs() -> Iterator[tuple[str, str]]:
     """Each method with two tasks of its kind and one of the other kind, in turn: there are too many to run all pairs."""
     for number, method in enumerate(METHODS):
-        own = [task for task in TASKS if draws(task) == (method in FOR_DIFFUSION)]
+        drawing = method in FOR_DIFFUSION | FOR_PROMPTS
+        own = [task for task in TASKS if draws(task) == drawing and (has_prompts(task) or method not in FOR_PROMPTS)]
         others = [task for task in TASKS if task not in own]
         chosen = [own[number % len(own)], own[(number + 1) % len(own)], others[number % len(others)]]
-        yield from ((task, method) for task in chosen)
+        yield from ((task, method) for task in dict.fromkeys(chosen))
 
 
 def one_parser() -> Callable[..., None]:
@@ -199,8 +208,10 @@ def test_methods_run_on_tasks_that_they_fit(
         with pytest.raises((ValueError, ArgumentError)) as refused:
             main(command)
         told = sentence(refused.value, command)
-        kinds = ("classifier", "ClassDiffusion") if draws(task) else ("diffusion", "ImageClassifier")
-        assert re.fullmatch(r"\w+ is a method for {} models; {} is none\.".format(*kinds), told), told
+        of_task = "TextToImage" if has_prompts(task) else "ClassDiffusion" if draws(task) else "ImageClassifier"
+        of_method = "classifier" if method in FOR_CLASSIFIERS else "diffusion|text-to-image"
+        no_anchor = "The forget request names no anchor.*" if method in FOR_PROMPTS and draws(task) else "never"
+        assert re.fullmatch(rf"\w+ is a method for ({of_method}) models; {of_task} is none\.|{no_anchor}", told), told
         return
     cli = main(command)
     assert cli.trainer.global_step == 1

@@ -14,7 +14,7 @@ from salun_lightning.data import Order, Samples
 if TYPE_CHECKING:
     from salun_lightning.modules.base import UnlearningModule
 
-Kind = Literal["any", "classifier", "diffusion"]
+Kind = Literal["any", "classifier", "diffusion", "text-to-image"]
 
 
 class Method(Callback, ABC):
@@ -92,7 +92,8 @@ def check_kind(method: Method, module: "UnlearningModule") -> None:
     """
     for inner in method.inner:
         check_kind(inner, module)
-    if method.kind not in ("any", module.kind):
+    served = ("any", "diffusion", module.kind) if module.kind == "text-to-image" else ("any", module.kind)
+    if method.kind not in served:
         name = type(method).__name__
         raise ValueError(f"{name} is a method for {method.kind} models; {type(module).__name__} is none.")
 

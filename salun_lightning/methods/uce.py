@@ -35,11 +35,10 @@ class UCE(OneShot):
         ridge: :math:`\lambda`, which must be positive where few prompts are known.
 
     Raises:
-        ValueError: A number is negative, the model is none of prompts, the request names no anchors, or no weight that would be
-            edited is trained.
+        ValueError: A number is negative, the request names no anchors, or no weight that would be edited is trained.
     """
 
-    kind: Kind = "diffusion"
+    kind: Kind = "text-to-image"
 
     def __init__(self, erase: float = 1.0, preserve: float = 1.0, ridge: float = 0.5) -> None:
         for name, number in {"erase": erase, "preserve": preserve, "ridge": ridge}.items():
@@ -51,8 +50,8 @@ class UCE(OneShot):
 
     @override
     def edit(self, module: "UnlearningModule") -> dict[str, Tensor]:
-        if not hasattr(module, "embedded") or not module.datamodule.anchors:
-            raise ValueError("UCE is for models of prompts and a request that names anchors: TextToImage and ForgetConcepts.")
+        if not module.datamodule.anchors:
+            raise ValueError("The forget request names no anchor, which UCE needs. Give ForgetConcepts.")
         concepts, anchors, kept = _tokens(cast("TextToImage", module))
         both = self.erase * concepts.T @ concepts + self.preserve * kept.T @ kept
         eye = torch.eye(both.shape[0], dtype=both.dtype, device=both.device)

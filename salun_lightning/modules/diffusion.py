@@ -18,6 +18,7 @@ from salun_lightning.callbacks import GenerationEvaluator
 from salun_lightning.callbacks.requests import Requested
 from salun_lightning.data import Samples
 from salun_lightning.evidence.predictions import Predictions
+from salun_lightning.methods.base import Kind
 from salun_lightning.modules.base import UnlearningModule, set_name
 from salun_lightning.modules.noise import (
     check_schedule,
@@ -64,7 +65,7 @@ class Diffusion(UnlearningModule):
         ValueError: The scheduler or a number does not fit.
     """
 
-    kind = "diffusion"
+    kind: Kind = "diffusion"
     null: int | None = None
     """The condition that stands for none, which guidance and label dropout need."""
 

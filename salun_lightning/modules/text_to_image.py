@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from salun_lightning.files import whole_folder
+from salun_lightning.methods.base import Kind
 from salun_lightning.modules.diffusion import Diffusion
 from salun_lightning.modules.noise import check_schedule
 from salun_lightning.modules.sampling import Sampling
@@ -36,6 +37,8 @@ class TextToImage(Diffusion):
     Raises:
         ValueError: It is no such pipeline, or a prompt is too long.
     """
+
+    kind: Kind = "text-to-image"
 
     def __init__(
         self,

@@ -83,7 +83,7 @@ def test_what_it_cannot_edit_is_refused(tmp_path: Path) -> None:
         edited(tmp_path, UCE(), trainable=r"attn1\.")
     data = Photos()
     data.forget = ForgetClasses([1])
-    with pytest.raises(ValueError, match="TextToImage and ForgetConcepts"):
+    with pytest.raises(ValueError, match=r"names no anchor, which UCE needs\. Give ForgetConcepts"):
         edited(tmp_path, UCE(), data=data)
     with pytest.raises(ValueError, match="ridge must not be negative"):
         UCE(ridge=-1.0)
