@@ -152,6 +152,14 @@ def test_unlearning_in_another_project(tmp_path: Path, monkeypatch: pytest.Monke
     assert not same(weights(names["task"].network), weights(Theirs().network))
 
 
+def test_a_concept_is_forgotten_in_a_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(compile(block("python", "small_text_to_image"), "text_to_image.md", "exec"), names)
+    assert (tmp_path / "without_sevens" / "model_index.json").is_file()
+    assert names["trainer"].global_step == 2
+
+
 def test_own_methods(folder: Path) -> None:
     """In a file of the reader's own, and as the two files of a contribution, which is found by its name."""
     quick = [*QUICK, "--trainer.limit_val_batches=0", "--trainer.limit_train_batches=2"]
@@ -200,7 +208,7 @@ def test_every_block_is_tried_by_a_test() -> None:
     tried = {
         "python": (
             *("import SaliencyMasking", "def forget_loss", "export_state_dict", "class Forgetful", "class AscentStep"),
-            *("CappedAscent", "Predictions.load", "Unlearn("),
+            *("CappedAscent", "Predictions.load", "Unlearn(", "small_text_to_image"),
         ),
         "yaml": ("my_module.Forgetful", "data.forget: {", "data.wrong_labels", "CappedAscent"),
         "toml": ("entry-points",),
