@@ -93,7 +93,7 @@ def gaps_by_case(results: Results, table: Table) -> tuple[list[str], list[list[s
 
 
 def _gap_and_mark(figures: Mapping[str, Any], row: str, table: Table) -> str:
-    near = "above_floor" in figures and figures["above_floor"]["low"] <= 0 and figures["above_floor"]["runs"] > 1
+    near = "above_floor" in figures and figures["above_floor"]["runs"] > 1 and figures["above_floor"]["low"] <= 0
     return _gap_cell(figures, row, table) + _NEAR * near
 
 

@@ -51,7 +51,7 @@ def paired_interval(differences: Sequence[float]) -> dict[str, float]:
         differences: One number for each pair, such as for each seed the gap of one method minus that of another.
 
     Returns:
-        ``mean``, ``low``, ``high`` and ``runs``; of a single pair the ends are infinite.
+        ``mean``, ``low``, ``high`` and ``runs``; a single pair has no ends.
 
     Example:
         >>> {name: round(value, 3) for name, value in paired_interval([1.0, 2.0, 3.0]).items()}
@@ -59,7 +59,7 @@ def paired_interval(differences: Sequence[float]) -> dict[str, float]:
     """
     mean, count = fmean(differences), len(differences)
     if count < 2:
-        return {"mean": mean, "low": -math.inf, "high": math.inf, "runs": count}
+        return {"mean": mean, "runs": count}
     from scipy.special import stdtrit
 
     half = float(stdtrit(count - 1, 0.975)) * stdev(differences) / math.sqrt(count)

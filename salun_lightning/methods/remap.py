@@ -15,6 +15,7 @@ from salun_lightning.methods.base import Kind, Method, part
 if TYPE_CHECKING:
     from salun_lightning.modules.base import UnlearningModule
     from salun_lightning.modules.diffusion import Diffusion
+    from salun_lightning.modules.text_to_image import TextToImage
 
 
 class Remap(Method):
@@ -59,8 +60,8 @@ class Remap(Method):
             raise ValueError(f"Class {self.to} cannot stand in for what is forgotten: the retained classes are {retained}.")
         if isinstance(self.to, int) and len(retained) == module.num_classes:
             raise ValueError(f"Class {self.to} cannot stand in for itself: no class is forgotten whole. Use next or random.")
-        if self.to == "anchor" and not getattr(module.datamodule, "anchors", {}):
-            raise ValueError("The forget request names no anchor. Give ForgetConcepts, or another class by to.")
+        if self.to == "anchor" and not (hasattr(module, "anchors") and module.datamodule.anchors):
+            raise ValueError("The forget request names no anchor. Give TextToImage and ForgetConcepts, or another class by to.")
         if module.num_classes < 2 or not retained:
             raise ValueError("No class is retained that a forgotten one could be remapped to.")
 
@@ -69,7 +70,11 @@ class Remap(Method):
         model, forget = cast("Diffusion", module), part(batch, "forget", self)
         noisy, timesteps, _ = model.noised(forget)
         anchored = self.to == "anchor"
-        to = model.anchors(forget.targets) if anchored else self.remapped(forget.targets, model.retained_classes)
+        to = (
+            cast("TextToImage", model).anchors(forget.targets)
+            if anchored
+            else self.remapped(forget.targets, model.retained_classes)
+        )
         with torch.no_grad():
             other = model.denoise(noisy, timesteps, to, original=True)
         loss = functional.mse_loss(model.denoise(noisy, timesteps, forget.targets), other)

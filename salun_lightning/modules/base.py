@@ -76,11 +76,6 @@ class UnlearningModule(LightningModule, ABC):
         self._started = False
         self._reference: Frozen | None = None
 
-    @property
-    def has_original(self) -> bool:
-        """Whether training starts from an original model, and not from random weights."""
-        return self.original is not None
-
     @abstractmethod
     def losses(self, samples: Samples) -> Tensor:
         """The ordinary training loss of each sample, (B,)."""
@@ -171,8 +166,7 @@ class UnlearningModule(LightningModule, ABC):
         Args:
             checkpoint_path: The file. That of a run from a configuration needs nothing else.
             *args: See ``LightningModule.load_from_checkpoint``.
-            **kwargs: Likewise, and arguments of the module; ``network``, or the ``pipeline`` of ``TextToImage``, if the
-                checkpoint does not say how it was made.
+            **kwargs: Likewise, and arguments of the module; ``network`` or ``pipeline``, if it does not say how that was made.
         """
         checkpoint = read_checkpoint(checkpoint_path)  # always: it refuses a pickle in a sentence
         if made_from(cls) not in kwargs:

@@ -23,6 +23,7 @@ from salun_lightning.modules.base import UnlearningModule, set_name
 from salun_lightning.modules.noise import (
     check_schedule,
     check_shape,
+    checked_min_snr,
     min_snr_weights,
     paired_timesteps,
     seeded_noise,
@@ -46,9 +47,8 @@ class Diffusion(UnlearningModule):
 
     A subclass knows what a condition means, and says how the network is called with it (:meth:`predict`). It may also say which
     condition stands for none (:attr:`null`), and how images become the latents that noise is added to (:meth:`encode`,
-    :meth:`decode`, :attr:`latent_shape`), by default their pixels. Latents and predictions have shape (B, C, H, W).
-
-    ``test`` logs the noise-prediction error on every set (``test/val/loss``), and what ``evaluation`` measures.
+    :meth:`decode`, :attr:`latent_shape`), by default their pixels. Latents and predictions have shape (B, C, H, W). ``test``
+    logs the noise-prediction error on every set (``test/val/loss``), and what ``evaluation`` measures.
 
     Args:
         network: What is trained.
@@ -84,19 +84,14 @@ class Diffusion(UnlearningModule):
         super().__init__(network, optimizer=optimizer, **kwargs)
         if not 0 <= label_dropout <= 1:
             raise ValueError(f"label_dropout must lie between 0 and 1, got {label_dropout}.")
-        if min_snr is not None and not min_snr > 0:
-            raise ValueError(f"min_snr must be positive, got {min_snr}.")
-        self.min_snr = min_snr
+        self.min_snr = checked_min_snr(min_snr)
         self.process = training_process(noise_scheduler)
         self.scheduler = sampler(sampling.scheduler, self.process)
         self.ddim = sampler(None, self.process)
         self.label_dropout = label_dropout
         self.sampling = sampling
         self.evaluation = evaluation
-        if gradient_checkpointing:
-            if not hasattr(network, "enable_gradient_checkpointing"):
-                raise ValueError(f"{type(network).__name__} offers no gradient checkpointing.")
-            network.enable_gradient_checkpointing()  # type: ignore[operator]
+        _checkpoint_gradients(network, gradient_checkpointing)
 
     @abstractmethod
     def predict(self, network: nn.Module, noisy: Tensor, timesteps: Tensor, conditions: Tensor) -> Tensor:
@@ -155,10 +150,6 @@ class Diffusion(UnlearningModule):
         prediction = self.predict(network, noisy.to(next(network.parameters()).dtype), timesteps, targets)
         check_shape(prediction, noisy)
         return prediction.float()
-
-    def anchors(self, targets: Tensor) -> Tensor:
-        """What the forget request names in the place of each condition (B,); only models of prompts know what it means."""
-        raise ValueError(f"{type(self).__name__} knows no anchors. Give the number of a class.")
 
     def _null(self, what: str) -> int:
         if self.null is None:
@@ -251,3 +242,10 @@ class Diffusion(UnlearningModule):
         """The images (uint8) that are requested, as ``image``, with ``target`` (B,), ``index`` (B,) and ``set``."""
         images = (255 * self.sample(batch.targets, batch.indices)).round().to(torch.uint8)
         return {"set": "generated", "image": images, "target": batch.targets, "index": batch.indices}
+
+
+def _checkpoint_gradients(network: nn.Module, wanted: bool) -> None:
+    if wanted and not hasattr(network, "enable_gradient_checkpointing"):
+        raise ValueError(f"{type(network).__name__} offers no gradient checkpointing.")
+    if wanted:
+        network.enable_gradient_checkpointing()  # type: ignore[operator]

@@ -36,6 +36,17 @@ def paired_timesteps(size: int, process: DDPMScheduler, device: torch.device) ->
     return torch.cat([half, last - half])[:size]
 
 
+def checked_min_snr(gamma: float | None) -> float | None:
+    """The gamma of :func:`min_snr_weights`; None weighs nothing.
+
+    Raises:
+        ValueError: It is not positive.
+    """
+    if gamma is not None and not gamma > 0:
+        raise ValueError(f"min_snr must be positive, got {gamma}.")
+    return gamma
+
+
 def min_snr_weights(process: DDPMScheduler, timesteps: Tensor, gamma: float) -> Tensor:
     r"""Weights of the squared error at timesteps (B,), so that no timestep counts much more than another in terms of images.
 

@@ -39,6 +39,7 @@ class TextToImage(Diffusion):
     """
 
     kind: Kind = "text-to-image"
+    pretrained = True  # the network comes with the weights of an original model
 
     def __init__(
         self,
@@ -77,11 +78,6 @@ class TextToImage(Diffusion):
     def anchors(self, targets: Tensor) -> Tensor:
         """The prompt in the place of each prompt that is forgotten, and each other one itself; int64 of shape (B,)."""
         return self._anchors.to(targets.device)[targets]
-
-    @property
-    @override
-    def has_original(self) -> bool:
-        return True
 
     @property
     def embedded(self) -> Embedded:

@@ -149,7 +149,7 @@ class MethodSearch:
                 kept = {name: metrics.get(name) for name in self.pilot.metrics}
                 figures.append({"seed": cell.seed, "case": cell.case, "gap": gap, **kept})
                 hopeless = best is not None and sum(gaps) / len(cells) > (best.value or 0)
-                if hopeless and claimed.options != self.trials.defaults:
+                if hopeless and claimed.options != self.trials.first[0]:
                     break
         except ValueError as refused:
             error = str(refused)

@@ -108,11 +108,6 @@ class Trials:
         self.forgiven = {trial.number for trial in self._all() if "error" in trial.user_attrs}
         self.budget = int(min(self.budget, size(self.space)))
 
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """The default settings."""
-        return self.first[0]
-
     @cached_property
     def study(self) -> "optuna.Study":
         """Optuna's study."""
@@ -142,7 +137,7 @@ class Trials:
     @property
     def error(self) -> str | None:
         """Why the default settings failed, if they did."""
-        first = [trial for trial in self.counted() if trial.user_attrs["options"] == self.defaults]
+        first = [trial for trial in self.counted() if trial.user_attrs["options"] == self.first[0]]
         return first[-1].user_attrs.get("error") if first else None
 
     @property
@@ -154,7 +149,7 @@ class Trials:
     @property
     def default_gap(self) -> float | None:
         """The gap of the default settings."""
-        gaps = [trial.value for trial in self.counted() if trial.user_attrs["options"] == self.defaults]
+        gaps = [trial.value for trial in self.counted() if trial.user_attrs["options"] == self.first[0]]
         return gaps[-1] if gaps else None
 
     @property

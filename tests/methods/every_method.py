@@ -33,7 +33,11 @@ EPOCHS = 2
 def _configured() -> dict[str, dict[str, Any]]:
     """The content of each configuration of a method for classifiers; of those that differ in the mask alone, the first."""
     texts = {path.stem: path.read_text(encoding="utf-8") for path in sorted((SHIPPED / "method").glob("*.yaml"))}
-    fitting = {name: yaml.safe_load(text) for name, text in texts.items() if "diffusion" not in text.splitlines()[0].lower()}
+    fitting = {
+        name: yaml.safe_load(text)
+        for name, text in texts.items()
+        if "for a concept" not in text and "diffusion" not in text.splitlines()[0].lower()
+    }
     first = {json.dumps(content["model.method"]): name for name, content in reversed(fitting.items())}
     return {name: fitting[name] for name in sorted(first.values())}
 

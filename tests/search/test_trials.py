@@ -58,7 +58,7 @@ def test_what_is_known_comes_second_also_from_outside_the_range(tmp_path: Path) 
     opened = Trials(open_journal(tmp_path / "journal.log"), "a method", space, known, 12, tmp_path / "trials")
     tried = run(opened, best=0.8)
     assert tried[:2] == known
-    assert (len(tried), opened.defaults, opened.best.value) == (12, DEFAULTS, min(gap(options, 0.8) for options in tried))
+    assert (len(tried), opened.first[0], opened.best.value) == (12, DEFAULTS, min(gap(options, 0.8) for options in tried))
 
 
 def test_a_larger_budget_goes_on_from_the_trials_that_are_there(tmp_path: Path) -> None:
