@@ -64,9 +64,8 @@ class ForgetRetainDataModule(LightningDataModule):
     """
 
     forget_indices: Tensor
-    """Positions of the forget set in the training data, ascending int64; after ``setup``."""
     retain_indices: Tensor
-    """Likewise, of the retain set."""
+    """Positions of either set in the training data, ascending int64; after ``setup``."""
     forgotten_classes: list[int]
     """The classes that are forgotten whole; after ``setup``."""
 
@@ -127,12 +126,8 @@ class ForgetRetainDataModule(LightningDataModule):
         split = split_of(true, self.class_names, self.forget, self.wrong_labels, self.val_fraction, self.split_seed)
         if self.wrong_labels is not None:
             train = relabelled(train, true, split.targets, key)
-        self._train, self._train_targets, self.forget_indices, self.retain_indices = (
-            train,
-            split.targets,
-            split.forget,
-            split.retain,
-        )
+        self._train, self._train_targets = train, split.targets
+        self.forget_indices, self.retain_indices = split.forget, split.retain
         self.forgotten_classes = [] if self.forget is None else self.forget.classes(self.class_names)
         self.anchors: dict[int, str] = {} if self.forget is None else self.forget.anchors(self.class_names)
         gone = torch.isin(test_targets, torch.tensor(self.forgotten_classes))

@@ -66,7 +66,7 @@ def test_everything_is_written_and_nothing_is_run_twice(config: Path, capsys: py
     out = config.parent / "out"
     assert json.loads((out / "results.json").read_text()) == json.loads(json.dumps(report))
     table = (out / "table.md").read_text()
-    assert table.startswith("| | UA | RA | TA | MIA | avg. gap | cost | run time |")
+    assert table.startswith("| | UA | RA | TA | MIA | avg. gap | above the floor | cost | run time |")
     assert all((f"| {name}" in table) == (name != FLOOR[1]) for name in (*ROWS, *FLOOR))
     assert {path.name for path in out.glob("*.png")} == {"comparison.png"}
     page = parsed(out / "report.html")
