@@ -52,7 +52,7 @@ class RefuseAccidents(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if isinstance(pl_module, UnlearningModule) and trainer.ckpt_path is None and pl_module.original is None:
             method = type(pl_module.method)
-            if method is not FineTune and not getattr(pl_module, "pretrained", False):
+            if method is not FineTune and not pl_module.pretrained:
                 raise MisconfigurationException(
                     f"{method.__name__} would unlearn random weights, because there is no original model. Give its checkpoint"
                     " with --model.original."

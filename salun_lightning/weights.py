@@ -51,16 +51,18 @@ def weights_of(module: nn.Module) -> dict[str, nn.Parameter]:
     return {plain: weights[name] for name, plain in plain_names(weights).items()}
 
 
-def train_only(network: nn.Module, pattern: str) -> None:
+def train_only(network: nn.Module, pattern: str | None) -> None:
     """Freeze the weights of a network in whose plain names a pattern is not found.
 
     Args:
         network: The network.
-        pattern: A regular expression, or the name of one.
+        pattern: A regular expression, or the name of one; None leaves the network as it is.
 
     Raises:
         ValueError: It is found in none.
     """
+    if pattern is None:
+        return
     weights = weights_of(network)
     chosen = {name for name in weights if re.search(_PATTERNS.get(pattern, pattern), name)}
     if not chosen:

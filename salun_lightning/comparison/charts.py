@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from salun_lightning.comparison.paired import Results, Table, retrained_pairs
-from salun_lightning.evidence.gaps import average_gap, gaps
+from salun_lightning.comparison.paired import Results, Table, gaps_by_run, retrained_pairs
+from salun_lightning.evidence.gaps import gaps
 
 WIDTH = 340
 _MARGIN, _ROW, _NUMBERS = 12, 20, 44
@@ -29,26 +29,23 @@ def gap_panels(results: Results, table: Table) -> list[dict[str, Any]]:
 
 
 def _distances(results: Results, table: Table, row: str, name: str) -> list[float]:
-    found = []
+    if name == "gap":
+        return [gap for of_run in gaps_by_run(results, table).get(row, {}).values() for gap in of_run]
+    found: list[float] = []
     for (other, run), result in results.items():
         paired = results.get((table.reference, run))
-        if other != row or paired is None:
-            continue
-        if name == "gap":
-            gap = average_gap(result["metrics"], paired["metrics"], table.metrics)
-            found += [] if gap is None else [gap]
-        else:
+        if other == row and paired is not None:
             found += gaps(result["metrics"], paired["metrics"], [name]).values()
     return found
 
 
 def _noise(results: Results, table: Table, name: str) -> float | None:
     """How far models that were retrained for the same run are from each other, as a mean over all pairs."""
-    pairs = [(one["metrics"], other["metrics"]) for of_run in retrained_pairs(results, table).values() for one, other in of_run]
     if name == "gap":
-        found = [gap for pair in pairs if (gap := average_gap(*pair, table.metrics)) is not None]
+        found = [gap for floor in table.noise_floor[:1] for gap in _distances(results, table, floor, name)]
     else:
-        found = [abs(gap) for pair in pairs for gap in gaps(*pair, [name]).values()]
+        pairs = [pair for of_run in retrained_pairs(results, table).values() for pair in of_run]
+        found = [abs(gap) for one, other in pairs for gap in gaps(one["metrics"], other["metrics"], [name]).values()]
     return fmean(found) if found else None
 
 

@@ -10,9 +10,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 import salun_lightning
 from salun_lightning.comparison import charts
-from salun_lightning.comparison.paired import Results, Table, best_row
+from salun_lightning.comparison.paired import Results, Table
 from salun_lightning.comparison.plan import Cell
-from salun_lightning.comparison.report import caption, each_case, gaps_by_case, levels, summarise, table_rows
+from salun_lightning.comparison.report import caption, case_tables, gaps_by_case, table_rows
 from salun_lightning.evidence.predictions import Predictions
 from salun_lightning.files import read_json, write_text
 
@@ -53,14 +53,7 @@ def write_page(
         "rows": rows,
         "cases": cases,
         "case_rows": case_rows,
-        "case_tables": [
-            (
-                case,
-                *table_rows(of_case := summarise(measured, table), measured, table),
-                levels(of_case, table, best_row(measured, table)),
-            )
-            for case, measured in each_case(results).items()
-        ],
+        "case_tables": list(case_tables(results, table)),
         "kinds": [_kind(row, table) for row in summary],
         "caption": caption(summary, results, table, first or {}),
         "reference": table.reference,

@@ -1,7 +1,7 @@
 """The table and the figures of a comparison."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from statistics import fmean, stdev
 from typing import Any
 
@@ -72,7 +72,14 @@ def table_rows(summary: Mapping[str, Any], results: Results, table: Table) -> tu
     return columns, rows
 
 
-def each_case(results: Results) -> dict[str, Results]:
+def case_tables(results: Results, table: Table) -> Iterator[tuple[str, list[str], list[list[str]], list[str]]]:
+    """The table of each case: its name, what :func:`table_rows` has, and what it says in sentences."""
+    for case, measured in _each_case(results).items():
+        summary = summarise(measured, table)
+        yield case, *table_rows(summary, measured, table), _levels(summary, measured, table)
+
+
+def _each_case(results: Results) -> dict[str, Results]:
     """What was measured in each case; empty where there are no two."""
     cases: dict[str, None] = dict.fromkeys(result.get("case", "") for result in results.values())
     found: dict[str, Results] = {
@@ -86,7 +93,7 @@ def gaps_by_case(results: Results, table: Table) -> tuple[list[str], list[list[s
 
     There are none where there are no two cases.
     """
-    by_case = {case: summarise(measured, table) for case, measured in each_case(results).items() if table.gap}
+    by_case = {case: summarise(measured, table) for case, measured in _each_case(results).items() if table.gap}
     names = list(dict.fromkeys(row for summary in by_case.values() for row in summary))
     rows = [[name, *(_gap_and_mark(summary.get(name, {}), name, table) for summary in by_case.values())] for name in names]
     return [*by_case], rows
@@ -118,16 +125,8 @@ def markdown(summary: Mapping[str, Any], results: Results, table: Table, first: 
     one = next(iter(results), ("", None))[1]
     lines += ["", f"One row again by itself ({_run_name(results, one)}):", ""]
     lines += [f"- {row}: `{result['command']}`" for (row, run), result in results.items() if run == one]
-    for case, measured in each_case(results).items():
-        of_case = summarise(measured, table)
-        lines += [
-            "",
-            f"## {case}",
-            "",
-            *_lines(*table_rows(of_case, measured, table)),
-            "",
-            *levels(of_case, table, best_row(measured, table)),
-        ]
+    for case, columns, rows, told in case_tables(results, table):
+        lines += ["", f"## {case}", "", *_lines(columns, rows), "", *told]
     return "\n".join(lines) + "\n"
 
 
@@ -177,10 +176,10 @@ def caption(summary: Mapping[str, Any], results: Results, table: Table, first: M
             "above the floor: the avg. gap of a row minus the noise floor of the same run, and its 95 % interval (Student's t)"
             " over the seeds." + f"{_NEAR} marks a gap that is not shown to be above the floor of its case." * (len(cases) > 1)
         )
-    return lines + levels(summary, table, best_row(results, table))
+    return lines + _levels(summary, results, table)
 
 
-def levels(summary: Mapping[str, Any], table: Table, best: str | None) -> list[str]:
+def _levels(summary: Mapping[str, Any], results: Results, table: Table) -> list[str]:
     """Where the noise floor lies, and which rows cannot be told from the best one, in sentences."""
     lines = []
     floor = summary.get(table.noise_floor[0], {}).get("gap") if table.noise_floor else None
@@ -193,8 +192,9 @@ def levels(summary: Mapping[str, Any], table: Table, best: str | None) -> list[s
     if any(interval["runs"] > 1 for interval in intervals.values()):
         near = [row for row, interval in intervals.items() if interval["runs"] > 1 and interval["low"] <= 0]
         lines.append(
-            f"{best} has the smallest avg. gap. Not shown to be worse, as the 95 % interval of the difference in the same run"
-            f" does not lie above 0: {_listed(near) if near else 'none'}. (The smallest of many is in part the luckiest.)"
+            f"{best_row(results, table)} has the smallest avg. gap. Not shown to be worse, as the 95 % interval of the"
+            f" difference in the same run does not lie above 0: {_listed(near) if near else 'none'}. (The smallest of many is"
+            " in part the luckiest.)"
         )
     return lines
 

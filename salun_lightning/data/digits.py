@@ -13,7 +13,7 @@ from salun_lightning.data.samples import ImageTensors
 
 _WORDS = ("a zero", "a one", "a two", "a three", "a four", "a five", "a six", "a seven", "an eight", "a nine")
 _TEMPLATES = ("{}", "a photo of {}")
-PAIR = "{} beside {}"
+_PAIR = "{} beside {}"
 
 
 class DigitsDataModule(ForgetRetainDataModule):
@@ -61,7 +61,7 @@ class DigitPromptsDataModule(ForgetRetainDataModule):
     @override
     def load(self) -> Sources:
         train, test, _ = _digits()
-        shown = [*_WORDS, *(PAIR.format(*two) for two in product(_WORDS, repeat=2))]
+        shown = [*_WORDS, *(_PAIR.format(*two) for two in product(_WORDS, repeat=2))]
         prompts = [template.format(words) for template in _TEMPLATES for words in shown]
         return Sources(_with_pairs(train, self.pairs, 0), _with_pairs(test, self.pairs // 5, 1), prompts)
 

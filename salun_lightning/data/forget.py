@@ -72,7 +72,12 @@ class ForgetClasses(ForgetRequest):
 
     @override
     def indices(self, targets: Tensor, class_names: Sequence[str], trained: Tensor) -> Tensor:
-        return trained[torch.isin(targets[trained], torch.tensor(self.classes(class_names)))]
+        return _of_classes(self.classes(class_names), targets, trained)
+
+
+def _of_classes(classes: list[int], targets: Tensor, trained: Tensor) -> Tensor:
+    """The positions that are trained on of all images of some classes."""
+    return trained[torch.isin(targets[trained], torch.tensor(classes))]
 
 
 class ForgetConcepts(ForgetRequest):
@@ -137,7 +142,7 @@ class ForgetConcepts(ForgetRequest):
 
     @override
     def indices(self, targets: Tensor, class_names: Sequence[str], trained: Tensor) -> Tensor:
-        return trained[torch.isin(targets[trained], torch.tensor(self.classes(class_names)))]
+        return _of_classes(self.classes(class_names), targets, trained)
 
 
 def _whole_words(phrase: str) -> str:

@@ -25,11 +25,11 @@ class Remap(Method):
         \min_\theta E_{D_f, t, \epsilon} \| \epsilon_\theta(x_t | c) - \epsilon_{\theta_o}(x_t | c') \|^2
         + \alpha E_{D_r} \ell, \quad c' \neq c
 
-    Both terms are means over all elements of the prediction, so ``alpha`` weighs like against like (unless
-    ``min_snr`` of the module weighs the second one). (The released code sums
-    the second one over an image: its alpha of 1e-3 is 1e-3 times the number of elements here, 3.07 for CIFAR-10.) The
-    prediction for :math:`c'` is that of the original model, frozen, and the class is never dropped in the first term; the
-    released code takes the model in training for both and drops either class independently.
+    Both terms are means over all elements of the prediction, so ``alpha`` weighs like against like (unless ``min_snr`` of the
+    module weighs the second one). (The released code sums the second one over an image: its alpha of 1e-3 is 1e-3 times the
+    number of elements here, 3.07 for CIFAR-10.) The prediction for :math:`c'` is that of the original model, frozen, and the
+    class is never dropped in the first term; the released code takes the model in training for both and drops either class
+    independently.
 
     Args:
         alpha: Weight of the retain loss.
@@ -69,12 +69,10 @@ class Remap(Method):
     def loss(self, module: "UnlearningModule", batch: Mapping[str, Samples]) -> Tensor:
         model, forget = cast("Diffusion", module), part(batch, "forget", self)
         noisy, timesteps, _ = model.noised(forget)
-        anchored = self.to == "anchor"
-        to = (
-            cast("TextToImage", model).anchors(forget.targets)
-            if anchored
-            else self.remapped(forget.targets, model.retained_classes)
-        )
+        if self.to == "anchor":
+            to = cast("TextToImage", model).anchors(forget.targets)
+        else:
+            to = self.remapped(forget.targets, model.retained_classes)
         with torch.no_grad():
             other = model.denoise(noisy, timesteps, to, original=True)
         loss = functional.mse_loss(model.denoise(noisy, timesteps, forget.targets), other)

@@ -1,6 +1,5 @@
 """UCE: rewrite what cross-attention reads of a concept, in closed form."""
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -84,6 +83,6 @@ def _tokens(module: "TextToImage") -> tuple[Tensor, Tensor, Tensor]:
             concepts.append(tokens[number, count(prompt[:end]) - 2])
             anchors.append(tokens[place, count(anchored[:end_of_anchor]) - 2])
     names = [*data.class_names, ""]
-    retained: Iterable[int] = [*module.retained_classes.tolist(), len(data.class_names)]
+    retained = [*module.retained_classes.tolist(), len(data.class_names)]
     kept = [tokens[number, : count(names[number])] for number in retained]
     return torch.stack(concepts), torch.stack(anchors), torch.cat(kept)

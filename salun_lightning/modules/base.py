@@ -52,6 +52,7 @@ class UnlearningModule(LightningModule, ABC):
     """
 
     kind: Kind = "any"  # of model; methods may be for one kind only
+    pretrained = False  # whether the network comes with the weights of an original model
 
     def __init__(
         self,
@@ -67,8 +68,7 @@ class UnlearningModule(LightningModule, ABC):
         self.network = network
         self.method = FineTune() if method is None else method
         check_kind(self.method, self)
-        if trainable is not None:
-            train_only(network, trainable)
+        train_only(network, trainable)
         self.original = original
         self.make_optimizer = optimizer
         self.make_lr_scheduler = lr_scheduler

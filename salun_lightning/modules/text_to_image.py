@@ -12,12 +12,11 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from typing_extensions import override
 
-from salun_lightning.files import whole_folder
 from salun_lightning.methods.base import Kind
 from salun_lightning.modules.diffusion import Diffusion
-from salun_lightning.modules.noise import check_schedule
 from salun_lightning.modules.sampling import Sampling
 from salun_lightning.networks.frozen import Frozen
+from salun_lightning.networks.pipeline import write_pipeline
 from salun_lightning.networks.text_to_image import Embedded, embed, text_to_image
 
 
@@ -39,7 +38,7 @@ class TextToImage(Diffusion):
     """
 
     kind: Kind = "text-to-image"
-    pretrained = True  # the network comes with the weights of an original model
+    pretrained = True
 
     def __init__(
         self,
@@ -128,10 +127,6 @@ class TextToImage(Diffusion):
             vae.float()
         return vae
 
-    @override
-    def check_original(self, checkpoint: Mapping[str, Any]) -> None:
-        check_schedule(self.process, checkpoint.get("noise_schedule", {}))
-
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Save the pipeline with the UNet as it is now, as a directory that plain diffusers loads.
 
@@ -143,8 +138,4 @@ class TextToImage(Diffusion):
         Raises:
             ValueError: ``folder`` is something else than such a directory.
         """
-        path = Path(folder)
-        if path.exists() and not (path / "model_index.json").is_file():
-            raise ValueError(f"'{path}' is there and is not a pipeline directory, so it is not replaced.")
-        with whole_folder(path) as unfinished:
-            self.pipeline.save_pretrained(unfinished)
+        write_pipeline(self.pipeline, Path(folder))

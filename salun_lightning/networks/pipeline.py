@@ -1,6 +1,8 @@
 """Pipeline directories, as diffusers reads and writes them."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +31,36 @@ def save_pipeline(network: nn.Module, scheduler: Any, folder: Path) -> None:
         raise ValueError(
             f"{type(network).__name__} is not a model of diffusers, so it cannot be saved as a pipeline. Use its checkpoint."
         )
+    write_pipeline(DDPMPipeline(unet=network, scheduler=scheduler), folder)
+
+
+def write_pipeline(pipeline: Any, folder: Path) -> None:
+    """Save a pipeline of diffusers as a directory that appears whole or not at all. One that is there is replaced.
+
+    Args:
+        pipeline: The pipeline.
+        folder: The directory.
+
+    Raises:
+        ValueError: ``folder`` is something else than such a directory.
+    """
     if folder.exists() and not (folder / "model_index.json").is_file():
         raise ValueError(f"'{folder}' is there and is not a pipeline directory, so it is not replaced.")
     with whole_folder(folder) as unfinished:
-        DDPMPipeline(unet=network, scheduler=scheduler).save_pretrained(unfinished)
+        pipeline.save_pretrained(unfinished)
+
+
+@contextmanager
+def silent_diffusers() -> Iterator[None]:
+    """Nothing is logged by diffusers meanwhile: for what ends in an error that says the same."""
+    import diffusers
+
+    verbosity = diffusers.logging.get_verbosity()
+    diffusers.logging.set_verbosity(diffusers.logging.CRITICAL)
+    try:
+        yield
+    finally:
+        diffusers.logging.set_verbosity(verbosity)
 
 
 def read_pipeline(source: Path | str) -> dict[str, Any]:
@@ -51,26 +79,23 @@ def read_pipeline(source: Path | str) -> dict[str, Any]:
 
     if isinstance(source, Path) and not (source / "model_index.json").is_file():
         raise ValueError(f"'{source}' is not a pipeline directory: it holds no model_index.json.")
-    verbosity = diffusers.logging.get_verbosity()
-    diffusers.logging.set_verbosity(diffusers.logging.CRITICAL)  # the errors below say the same
     try:
-        index = diffusers.DiffusionPipeline.load_config(source)
-        component = next((name for name in _COMPONENTS if index.get(name, [None])[0] == "diffusers"), None)
-        if component is None:
-            raise ValueError(f"It holds no network of diffusers under {' or '.join(_COMPONENTS)}.")
-        kind = getattr(diffusers, index[component][1])
-        if not issubclass(kind, diffusers.ModelMixin):
-            raise ValueError(f"Its {component} is a {kind.__name__}, which is no network.")
-        network, found = kind.from_pretrained(source, subfolder=component, use_safetensors=True, output_loading_info=True)
-        schedule = diffusers.DDPMScheduler.load_config(source, subfolder="scheduler") if "scheduler" in index else {}
+        with silent_diffusers():
+            index = diffusers.DiffusionPipeline.load_config(source)
+            component = next((name for name in _COMPONENTS if index.get(name, [None])[0] == "diffusers"), None)
+            if component is None:
+                raise ValueError(f"It holds no network of diffusers under {' or '.join(_COMPONENTS)}.")
+            kind = getattr(diffusers, index[component][1])
+            if not issubclass(kind, diffusers.ModelMixin):
+                raise ValueError(f"Its {component} is a {kind.__name__}, which is no network.")
+            network, found = kind.from_pretrained(source, subfolder=component, use_safetensors=True, output_loading_info=True)
+            schedule = diffusers.DDPMScheduler.load_config(source, subfolder="scheduler") if "scheduler" in index else {}
     except Exception as error:
         reason = str(error).partition("\n")[0].rstrip(" .")
         raise ValueError(
             f"'{source}' cannot be read as a pipeline; a file may be truncated or missing: {reason}. Save it with"
             " save_pretrained and safe_serialization=True: its weights are read from safetensors alone."
         ) from error
-    finally:
-        diffusers.logging.set_verbosity(verbosity)
     state = network.state_dict()
     return {
         "state_dict": {name: state[name] for name in state if name not in found["missing_keys"]},

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from salun_lightning.networks.pipeline import silent_diffusers
+
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, StableDiffusionPipeline
 
@@ -44,21 +46,18 @@ def text_to_image(source: "str | os.PathLike[str] | DiffusionPipeline") -> "Diff
         _check_parts("The pipeline", type(source).__name__, kinds)
         _check_channels(source)
         return source
-    verbosity = diffusers.logging.get_verbosity()
-    diffusers.logging.set_verbosity(diffusers.logging.CRITICAL)  # the errors below say the same
     try:
-        index = diffusers.DiffusionPipeline.load_config(source)
-        _check_parts(str(source), index["_class_name"], _kinds(index))
-        left_out = {"safety_checker": None} if "safety_checker" in index else {}
-        read = diffusers.DiffusionPipeline.from_pretrained(source, use_safetensors=True, **left_out)
+        with silent_diffusers():
+            index = diffusers.DiffusionPipeline.load_config(source)
+            _check_parts(str(source), index["_class_name"], _kinds(index))
+            left_out = {"safety_checker": None} if "safety_checker" in index else {}
+            read = diffusers.DiffusionPipeline.from_pretrained(source, use_safetensors=True, **left_out)
     except (OSError, RuntimeError, KeyError) as error:
         reason = str(error).partition("\n")[0].rstrip(" .")
         raise ValueError(
             f"'{source}' cannot be read as a text-to-image pipeline: {reason}. Give a directory that diffusers has saved with"
             " safe_serialization=True, or a name on the hub that can be reached."
         ) from error
-    finally:
-        diffusers.logging.set_verbosity(verbosity)
     _check_channels(read)
     return read
 
