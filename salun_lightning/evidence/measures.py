@@ -51,8 +51,9 @@ def membership_inference(retain: PredictedSet, test: PredictedSet, forget: Predi
     training images) from non-members (test images), both by the unlearned model; it is then asked about the forget set. The
     target is the retrained model's value, not 1.
 
-    There are at most as many members as non-members. The released code takes the first ones, which in a data set sorted by
-    class are of a few classes only; here they are taken evenly over the retain set.
+    There are as many members as non-members: of the larger set, samples are taken evenly over it. (The released code takes the
+    first members, which in a data set sorted by class are of a few classes only, and all non-members, also where these are more:
+    the attacker then says non-member to everything.)
 
     Args:
         retain: What the model says of retained training images.
@@ -79,12 +80,12 @@ def membership_inference(retain: PredictedSet, test: PredictedSet, forget: Predi
             raise ValueError(f"Membership inference needs samples of the set '{name}', which is empty.")
     member, nonmember, asked = (part.confidences.numpy() for part in (retain, test, forget))
     count = min(len(member), len(nonmember))
-    member = member[np.linspace(0, len(member) - 1, count).round().astype(np.int64)]
+    member, nonmember = (part[np.linspace(0, len(part) - 1, count).round().astype(np.int64)] for part in (member, nonmember))
     features = np.concatenate([member, nonmember])[:, None]
     if np.isnan(features).any() or np.isnan(asked).any():  # of a model that diverged
         return math.nan
     attacker = SVC(C=3, kernel="rbf", gamma="auto")
-    attacker.fit(features, np.repeat([1, 0], [len(member), len(nonmember)]))
+    attacker.fit(features, np.repeat([1, 0], count))
     return float((attacker.predict(asked[:, None]) == 0).mean())
 
 

@@ -62,9 +62,22 @@ def test_no_more_members_than_non_members_taken_evenly() -> None:
     assert measured(given) == pytest.approx(expected, abs=1e-7)
 
 
-def test_fewer_members_than_non_members_are_all_taken() -> None:
+def test_no_more_non_members_than_members_taken_evenly() -> None:
     given = confidences(retain=40)
-    assert measured(given) == pytest.approx((attacked(*given.values()) == 0).mean(), abs=1e-7)
+    chosen = [round((len(given["test"]) - 1) * i / 39) for i in range(40)]
+    expected = (attacked(given["retain"], given["test"][chosen], given["forget"]) == 0).mean()
+    assert measured(given) == pytest.approx(expected, abs=1e-7)
+
+
+def test_many_non_members_do_not_drown_the_members() -> None:
+    """With 25 times as many non-members, and confidences that overlap, the attacker would say non-member to everything."""
+    draw = np.random.RandomState(0)
+    given: Confidences = {
+        "retain": torch.from_numpy(draw.beta(4, 2, 200)).float(),
+        "test": torch.from_numpy(draw.beta(2, 2, 5000)).float(),
+        "forget": torch.from_numpy(draw.beta(4, 2, 200)).float(),
+    }
+    assert measured(given) < 0.5
 
 
 def test_members_sorted_by_class_are_represented() -> None:
