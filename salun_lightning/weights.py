@@ -10,7 +10,13 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-_PATTERNS = {"xattn": r"(^|\.)attn2\."}  # cross-attention, as diffusers calls it
+_PATTERNS = {  # parts of a UNet, as diffusers calls them; the names are those of ESD (Gandikota et al., ICCV 2023)
+    "full": "",
+    "xattn": r"(^|\.)attn2\.",  # cross-attention
+    "xattn-strict": r"(^|\.)attn2\.to_[kv]\.",  # what reads the prompt
+    "noxattn": r"^(?!time_embedding\.|conv_out\.)(?!(.*\.)?attn2\.)",  # the rest, but for what its release leaves out, too
+    "selfattn": r"(^|\.)attn1\.",
+}
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -56,7 +62,8 @@ def train_only(network: nn.Module, pattern: str | None) -> None:
 
     Args:
         network: The network.
-        pattern: A regular expression, or the name of one; None leaves the network as it is.
+        pattern: A regular expression, or one of the names full, xattn, xattn-strict, noxattn and selfattn, which are parts of a
+            UNet of diffusers; None leaves the network as it is.
 
     Raises:
         ValueError: It is found in none.

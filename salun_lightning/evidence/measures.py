@@ -52,8 +52,8 @@ def membership_inference(retain: PredictedSet, test: PredictedSet, forget: Predi
     target is the retrained model's value, not 1.
 
     There are as many members as non-members: of the larger set, samples are taken evenly over it. (The released code takes the
-    first members, which in a data set sorted by class are of a few classes only, and all non-members, also where these are more:
-    the attacker then says non-member to everything.)
+    first members, which in a data set sorted by class are of a few classes only, and all non-members. Where these are many
+    more, its attacker says non-member to everything.)
 
     Args:
         retain: What the model says of retained training images.

@@ -45,7 +45,8 @@ class UnlearningModule(LightningModule, ABC):
         lr_scheduler: Makes the learning-rate scheduler from the optimizer.
         lr_interval: Whether the scheduler steps each epoch or each optimizer step.
         trainable: Which weights are trained, and so covered by a mask: a regular expression that is searched in their plain
-            names, such as ``^layer4``, or ``xattn``, the cross-attention of diffusers. None for all of the network.
+            names, such as ``^layer4``; or ``xattn``, ``xattn-strict``, ``noxattn``, ``selfattn`` or ``full`` of a UNet of
+            diffusers. None for all of the network.
 
     Raises:
         ValueError: The method is not for this kind of model, or no weight is trained.

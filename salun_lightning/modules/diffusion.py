@@ -39,6 +39,7 @@ from salun_lightning.modules.sampling import (
     run,
     sampler,
     training_process,
+    with_guidance,
 )
 
 
@@ -159,13 +160,12 @@ class Diffusion(UnlearningModule):
     def guided(
         self, noisy: Tensor, timesteps: Tensor, targets: Tensor, guidance: float | None = None, original: bool = False
     ) -> Tensor:
-        """The prediction with classifier-free guidance (Ho and Salimans, 2022), by default that of the sampling; 1 is none."""
+        """The prediction with guidance, by default that of the sampling; 1 is none. See ``with_guidance``."""
         scale = self.sampling.guidance if guidance is None else guidance
         if scale == 1:
             return self.denoise(noisy, timesteps, targets, original)
-        both = torch.cat([targets, torch.full_like(targets, self._null("Guidance"))])
-        toward, without = self.denoise(noisy.repeat(2, 1, 1, 1), timesteps.repeat(2), both, original).chunk(2)
-        return without + scale * (toward - without)
+        null = torch.full_like(targets, self._null("Guidance"))
+        return with_guidance(lambda *given: self.denoise(*given, original), noisy, timesteps, targets, null, scale)
 
     def _toward(self, targets: Tensor, guidance: float | None, original: bool) -> Callable[[Tensor, Tensor], Tensor]:
         """The guided prediction on the way to images: all of them are at one timestep."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, SchedulerMixin
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from salun_lightning.data import epoch_seed
 
@@ -161,3 +162,31 @@ def part_way(
     noise = torch.randn(shape, dtype=torch.float32, device=device)
     timesteps = scheduler.timesteps[stop] + torch.randint(count // steps, (shape[0],), device=device)
     return run(scheduler, predict, noise, stop=stop), timesteps.clamp(max=count - 1)
+
+
+def with_guidance(
+    predict: Callable[[Tensor, Tensor, Tensor], Tensor],
+    noisy: Tensor,
+    timesteps: Tensor,
+    conditions: Tensor,
+    null: Tensor,
+    scale: float,
+) -> Tensor:
+    """The prediction with classifier-free guidance (Ho and Salimans, 2022), in the convention of diffusers: 1 is none.
+
+    Where gradients are wanted, either half is computed anew in the backward pass, so that two graphs are never alive at once.
+
+    Args:
+        predict: Of noisy latents, timesteps and conditions.
+        noisy: (B, C, H, W).
+        timesteps: (B,).
+        conditions: (B,).
+        null: The condition that stands for none, (B,).
+        scale: How far to go from the prediction for none toward that for the conditions.
+    """
+    if torch.is_grad_enabled():
+        toward, without = (checkpoint(predict, noisy, timesteps, given, use_reentrant=False) for given in (conditions, null))
+    else:
+        toward, without = predict(noisy.repeat(2, 1, 1, 1), timesteps.repeat(2), torch.cat([conditions, null])).chunk(2)
+    guided: Tensor = without + scale * (toward - without)
+    return guided

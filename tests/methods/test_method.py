@@ -178,10 +178,24 @@ def test_only_what_is_trainable_is_trained_and_masked(tmp_path: Path) -> None:
     assert {name for name in before if not torch.equal(before[name], after[name])} == {"3.weight", "3.bias"}
 
 
-def test_cross_attention_by_its_name() -> None:
-    layers = nn.ModuleDict({name: nn.ModuleDict({"to_q": nn.Linear(2, 2, bias=False)}) for name in ("attn1", "attn2", "fc")})
-    module = ImageClassifier(nn.Sequential(layers), trainable="xattn")
-    assert list(weights_of(module)) == ["0.attn2.to_q.weight"]
+@pytest.mark.parametrize(
+    ("name", "chosen"),
+    [
+        ("full", {"time_embedding", "conv_in", "attn1.to_q", "attn2.to_q", "attn2.to_k", "attn2.to_v", "conv_out"}),
+        ("xattn", {"attn2.to_q", "attn2.to_k", "attn2.to_v"}),
+        ("xattn-strict", {"attn2.to_k", "attn2.to_v"}),
+        ("noxattn", {"conv_in", "attn1.to_q"}),
+        ("selfattn", {"attn1.to_q"}),
+    ],
+)
+def test_parts_of_a_unet_by_name(name: str, chosen: set[str]) -> None:
+    def linear(*parts: str) -> nn.ModuleDict:
+        return nn.ModuleDict({part: nn.Linear(2, 2, bias=False) for part in parts})
+
+    attention = nn.ModuleDict({"attn1": linear("to_q"), "attn2": linear("to_q", "to_k", "to_v")})
+    layers = nn.ModuleDict({**linear("time_embedding", "conv_in", "conv_out"), "blocks": attention})
+    module = ImageClassifier(layers, trainable=name)
+    assert {key.removeprefix("blocks.").removesuffix(".weight") for key in weights_of(module)} == chosen
 
 
 def test_a_pattern_that_no_weight_has_is_refused() -> None:

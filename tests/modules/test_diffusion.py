@@ -139,6 +139,40 @@ def test_forget_loss_is_that_of_the_reference(guidance: float, monkeypatch: pyte
     torch.testing.assert_close(gradients(module.network, loss), gradients(module.network, expected))
 
 
+def test_guidance_keeps_one_graph_at_a_time() -> None:
+    """Both halves are computed without a graph; then each of them is computed again, and its graph is gone before the next."""
+    module, events = diffusion(sampling=Sampling(guidance=2.0)), list[str]()
+
+    def note(_: nn.Module, __: Any, output: Tensor) -> None:
+        events.append("forward")
+        if output.requires_grad:
+            output.register_hook(lambda _: events.append("backward"))
+
+    module.network.conv_in.register_forward_hook(note)
+    module.forget_loss(some_samples(4)).backward()
+    assert [event for event in events if event == "forward"] == ["forward"] * 4
+    assert events[2:] == ["forward", "backward", "forward", "backward"]
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true", "bf16-mixed"])
+def test_halves_of_guidance_give_the_mask_of_one_batch(precision: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def mask() -> SaliencyMask:
+        masking = SaliencyMasking(RATIO)
+        module = diffusion(method=FineTune(), sampling=Sampling(guidance=2.0))
+        trainer(tmp_path, max_steps=1, callbacks=[masking], precision=precision).fit(module, datamodule=images())
+        assert masking.mask is not None
+        return masking.mask
+
+    def both_at_once(predict: Any, noisy: Tensor, timesteps: Tensor, conditions: Tensor, null: Tensor, scale: float) -> Tensor:
+        toward, without = predict(noisy.repeat(2, 1, 1, 1), timesteps.repeat(2), torch.cat([conditions, null])).chunk(2)
+        return without + scale * (toward - without)
+
+    halves = mask()
+    monkeypatch.setattr("salun_lightning.modules.diffusion.with_guidance", both_at_once)
+    whole = mask()
+    assert halves.iou(whole) == 1 if precision == "64-true" else halves.iou(whole) > 0.9
+
+
 def test_the_gradient_of_guidance_reaches_both_branches() -> None:
     module, samples = diffusion(sampling=Sampling(guidance=2.0)), some_samples(6)._replace(targets=torch.ones(6).long())
     embedding = gradients(module.network, module.forget_loss(samples))["class_embedding.weight"]
