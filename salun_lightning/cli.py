@@ -76,6 +76,7 @@ def main(args: list[str] | None = None) -> Any:
 
     # images in memory are taken a batch at a time where they lie; worker processes could only be slower
     warnings.filterwarnings("ignore", message=".*does not have many workers")
+    warnings.filterwarnings("ignore", message="A `OneCycleLR` scheduler is using")  # see check_cycle
     if words[0] == "test":
         words = ["test", "--verbose=false", *words[1:]]
     return UnlearningCLI(args=words)

@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 import torch
@@ -80,6 +80,14 @@ def _of_classes(classes: list[int], targets: Tensor, trained: Tensor) -> Tensor:
     return trained[torch.isin(targets[trained], torch.tensor(classes))]
 
 
+class Place(NamedTuple):
+    """Where a prompt names a concept, in characters: from ``start`` up to ``end``; its anchor goes up to ``anchor_end``."""
+
+    start: int
+    end: int
+    anchor_end: int
+
+
 class ForgetConcepts(ForgetRequest):
     """Forget every training image whose prompt names a concept. The prompts are the classes.
 
@@ -121,24 +129,16 @@ class ForgetConcepts(ForgetRequest):
     def anchors(self, class_names: Sequence[str]) -> dict[int, str]:
         return {number: self.replaced(class_names[number])[0] for number in self.classes(class_names)}
 
-    def replaced(self, prompt: str) -> tuple[str, list[tuple[int, int]]]:
-        """A prompt with anchors in the place of its concepts.
-
-        Args:
-            prompt: The prompt.
-
-        Returns:
-            The prompt with anchors; and for each place, how many characters of the prompt end with the concept, and how many of
-            the other one with the anchor.
-        """
+    def replaced(self, prompt: str) -> tuple[str, list["Place"]]:
+        """A prompt with anchors in the place of its concepts, and where these are."""
         longest_first = sorted(self.concepts, key=len, reverse=True)
         anchors = {concept.lower(): anchor for concept, anchor in self.concepts.items()}
-        made, done, ends = "", 0, []
+        made, done, places = "", 0, []
         for found in re.finditer("|".join(map(_whole_words, longest_first)), prompt, flags=re.IGNORECASE):
             made += prompt[done : found.start()] + anchors[found.group().lower()]
             done = found.end()
-            ends.append((done, len(made)))
-        return made + prompt[done:], ends
+            places.append(Place(found.start(), done, len(made)))
+        return made + prompt[done:], places
 
     @override
     def indices(self, targets: Tensor, class_names: Sequence[str], trained: Tensor) -> Tensor:

@@ -11,14 +11,13 @@ from typing_extensions import override
 
 from salun_lightning.data import Order, Samples
 from salun_lightning.methods.base import Kind, Method, part
+from salun_lightning.methods.drawn import drawn_by_original, in_batches
 from salun_lightning.saliency import gradient_sums
 from salun_lightning.weights import plain_name
 
 if TYPE_CHECKING:
     from salun_lightning.modules.base import UnlearningModule
     from salun_lightning.modules.diffusion import Diffusion
-
-_BATCH = 256
 
 
 class SelectiveAmnesia(Method):
@@ -64,13 +63,13 @@ class SelectiveAmnesia(Method):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         model = cast("Diffusion", pl_module)
-        drawn = self._drawn(model)
+        drawn = drawn_by_original(model, range(model.num_classes), self.images)
         retained = torch.isin(drawn.targets, model.retained_classes.to(drawn.targets.device))
         self._replay = Samples(*(field[retained] for field in drawn))
         with _original_weights(model):
             fisher = gradient_sums(
                 model,
-                _in_batches(drawn),
+                in_batches(drawn),
                 squared=True,
                 loss=lambda image: model.seeded_loss(_repeated(image, self.timesteps)),
                 strategy=trainer.strategy,
@@ -81,15 +80,6 @@ class SelectiveAmnesia(Method):
             for name, weight in model.network.named_parameters()
             if weight.requires_grad
         ]
-
-    def _drawn(self, model: "Diffusion") -> Samples:
-        """Images of every class by the original model."""
-        numbers = torch.arange(model.num_classes * self.images)
-        wanted = Samples(numbers, numbers // self.images, numbers)
-        with torch.no_grad():
-            parts = [model.sample(part.targets, part.indices, original=True) for part in _in_batches(wanted)]
-        images = torch.cat(parts)
-        return Samples(images, wanted.targets.to(images.device), wanted.indices.to(images.device))
 
     @override
     def loss(self, module: "UnlearningModule", batch: Mapping[str, Samples]) -> Tensor:
@@ -112,11 +102,6 @@ def _original_weights(model: "Diffusion") -> Iterator[None]:
         yield
     finally:
         model.network.load_state_dict(now)
-
-
-def _in_batches(samples: Samples) -> Iterator[Samples]:
-    for fields in zip(*(field.split(_BATCH) for field in samples), strict=True):
-        yield Samples(*fields)
 
 
 def _repeated(samples: Samples, times: int) -> Samples:

@@ -8,6 +8,7 @@ from typing_extensions import override
 
 from salun_lightning.methods.base import Kind
 from salun_lightning.methods.one_shot import OneShot
+from salun_lightning.networks.text_to_image import tokens_of
 from salun_lightning.weights import weights_of
 
 if TYPE_CHECKING:
@@ -70,19 +71,15 @@ def _tokens(module: "TextToImage") -> tuple[Tensor, Tensor, Tensor]:
     """The embeddings of concepts and of the anchors in their places (K, D), and of all tokens that are preserved (P, D)."""
     data, tokenizer = module.datamodule, cast("Any", module.pipeline).tokenizer
     tokens = module.embedded.tokens.double()
-
-    def count(prompt: str) -> int:
-        return len(tokenizer(prompt)["input_ids"])
-
     concepts, anchors = [], []
     for number in data.anchors:
         prompt = data.class_names[number]
-        anchored, ends = data.forget.replaced(prompt)
-        place = int(module.anchors(torch.tensor([number])))
-        for end, end_of_anchor in ends:  # the last token before the end that the tokenizer puts behind
-            concepts.append(tokens[number, count(prompt[:end]) - 2])
-            anchors.append(tokens[place, count(anchored[:end_of_anchor]) - 2])
+        anchored, places = data.forget.replaced(prompt)
+        condition = int(module.anchors(torch.tensor([number])))
+        for place in places:
+            concepts.append(tokens[number, tokens_of(tokenizer, prompt, place.end)[-1]])
+            anchors.append(tokens[condition, tokens_of(tokenizer, anchored, place.anchor_end)[-1]])
     names = [*data.class_names, ""]
     retained = [*module.retained_classes.tolist(), len(data.class_names)]
-    kept = [tokens[number, : count(names[number])] for number in retained]
+    kept = [tokens[number, : len(tokenizer(names[number])["input_ids"])] for number in retained]
     return torch.stack(concepts), torch.stack(anchors), torch.cat(kept)

@@ -21,7 +21,7 @@ from salun_lightning.data import ForgetRetainDataModule, Order, Samples, epoch_s
 from salun_lightning.methods.base import Kind, Method, all_of, check_kind
 from salun_lightning.methods.finetune import FineTune
 from salun_lightning.modules.record import KEY, arguments_from, check_resumed, made_from, record_of
-from salun_lightning.modules.trouble import EpochLoss, batch_norm_explained
+from salun_lightning.modules.trouble import EpochLoss, batch_norm_explained, check_cycle
 from salun_lightning.networks.frozen import Frozen
 from salun_lightning.networks.loading import load_weights, read_checkpoint
 from salun_lightning.weights import local_of, train_only, weights_of
@@ -227,9 +227,14 @@ class UnlearningModule(LightningModule, ABC):
         optimizer = self.make_optimizer(parameter for parameter in self.parameters() if parameter.requires_grad)
         if self.make_lr_scheduler is None:
             return optimizer
-        scheduler = self.make_lr_scheduler(optimizer)  # Lightning's ReduceLROnPlateau has a monitor
-        how = {"scheduler": scheduler, "interval": self.lr_interval, "monitor": getattr(scheduler, "monitor", None)}
-        return {"optimizer": optimizer, "lr_scheduler": how}
+        return {"optimizer": optimizer, "lr_scheduler": _schedule(self, self.make_lr_scheduler(optimizer))}
+
+
+def _schedule(module: UnlearningModule, scheduler: Any) -> dict[str, Any]:
+    """What Lightning is told of a learning-rate scheduler; its ReduceLROnPlateau has a monitor."""
+    if module.lr_interval == "epoch" and module._trainer is not None and not module.trainer.fast_dev_run:  # type: ignore[attr-defined]
+        check_cycle(scheduler, module.trainer.max_epochs)
+    return {"scheduler": scheduler, "interval": module.lr_interval, "monitor": getattr(scheduler, "monitor", None)}
 
 
 def warn_of_original(original: str | os.PathLike[str]) -> None:

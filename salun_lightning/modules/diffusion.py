@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -165,7 +166,7 @@ class Diffusion(UnlearningModule):
         if scale == 1:
             return self.denoise(noisy, timesteps, targets, original)
         null = torch.full_like(targets, self._null("Guidance"))
-        return with_guidance(lambda *given: self.denoise(*given, original), noisy, timesteps, targets, null, scale)
+        return with_guidance(partial(self.denoise, original=original), noisy, timesteps, targets, null, scale)
 
     def _toward(self, targets: Tensor, guidance: float | None, original: bool) -> Callable[[Tensor, Tensor], Tensor]:
         """The guided prediction on the way to images: all of them are at one timestep."""
@@ -175,7 +176,8 @@ class Diffusion(UnlearningModule):
         """Noisy latents of a training batch, their timesteps (B,), and what the network should predict from them."""
         latents = self.encode(samples.inputs.float())
         timesteps = paired_timesteps(len(latents), self.process, latents.device)
-        return with_noise(self.process, latents, timesteps, torch.randn_like(latents))
+        noise = torch.randn(latents.shape, dtype=latents.dtype, device=latents.device)  # whatever their memory layout
+        return with_noise(self.process, latents, timesteps, noise)
 
     @override
     def losses(self, samples: Samples) -> Tensor:

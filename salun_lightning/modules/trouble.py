@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
+from torch.optim.lr_scheduler import OneCycleLR
 
 
 @contextmanager
@@ -29,6 +31,20 @@ def batch_norm_explained(sizes: Mapping[str, int]) -> Iterator[None]:
             " single sample over; to forget a single image, choose a method and order that put both sets into one batch"
             " (RandomLabel, mixed)."
         ) from error
+
+
+def check_cycle(scheduler: Any, epochs: int | None) -> None:
+    """Warn of a cycle of learning rates that counts epochs, if it has not as many of them as the run.
+
+    Args:
+        scheduler: A scheduler that steps each epoch.
+        epochs: How many epochs the run has.
+    """
+    if isinstance(scheduler, OneCycleLR) and scheduler.total_steps != epochs:
+        rank_zero_warn(
+            f"OneCycleLR has {scheduler.total_steps} steps and steps each epoch, of which the run has {epochs}. Give it as many"
+            " steps, or count optimizer steps: lr_interval: step."
+        )
 
 
 class EpochLoss:

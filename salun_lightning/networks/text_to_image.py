@@ -140,6 +140,19 @@ def embed(pipeline: Any, prompts: Sequence[str], device: torch.device) -> Embedd
     return embedded
 
 
+def tokens_of(tokenizer: Any, prompt: str, end: int, start: int = 0) -> range:
+    """Which tokens of a prompt stand for its characters from ``start`` up to ``end``, where words begin and end.
+
+    Args:
+        tokenizer: It puts one token in front of each prompt and one behind it.
+        prompt: The prompt.
+        end: Where the last word ends.
+        start: Where the first word begins.
+    """
+    first, behind = (len(tokenizer(prompt[:place])["input_ids"]) - 1 for place in (start, end))
+    return range(first, behind)
+
+
 def small_text_to_image(
     words: str, length: int = 8, height: int = 8, width: int = 16, seed: int = 0
 ) -> "StableDiffusionPipeline":

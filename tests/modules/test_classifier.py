@@ -1,5 +1,6 @@
 """ImageClassifier: training, and what test reports."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import ReduceLROnPlateau
 from sklearn.svm import SVC
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import StepLR
+from torch.optim.lr_scheduler import OneCycleLR, StepLR
 from torch.utils.data import DataLoader
 
 from salun_lightning.data import ForgetClasses, ForgetRandom, ForgetRequest, ForgetRetainDataModule, Samples
@@ -148,6 +149,18 @@ def test_scheduler_steps_each_epoch_or_each_step(tmp_path: Path, interval: Any, 
     runner.fit(module, datamodule=digits())
     assert seen == pytest.approx([factor, factor**2])
     assert runner.global_step == 4
+
+
+@pytest.mark.parametrize(("steps", "interval", "warned"), [(2, "epoch", False), (9, "epoch", True), (9, "step", False)])
+def test_a_cycle_has_as_many_steps_as_it_is_stepped(tmp_path: Path, steps: int, interval: Any, warned: bool) -> None:
+    module = classifier(
+        method=GradientAscent(),
+        lr_scheduler=lambda optimizer: OneCycleLR(optimizer, 0.1, total_steps=steps),
+        lr_interval=interval,
+    )
+    expected = pytest.warns(UserWarning, match="OneCycleLR has 9 steps and steps each epoch, of which the run has 2")
+    with expected if warned else nullcontext():
+        trainer(tmp_path, max_epochs=2).fit(module, datamodule=digits())
 
 
 def test_scheduler_that_watches_a_metric(tmp_path: Path) -> None:
