@@ -167,7 +167,7 @@ class GenerationEvaluator(Callback):
         images = images.float() / 255  # what a file of it would hold
         for part in self._parts(trainer, images, targets):
             logits, features = self._look(part.images)
-            if logits is not None:
+            if logits is not None and part.name is not None:
                 indices = numbers[part.rows] * len(_names(trainer)) + targets[part.rows]
                 self._recorder.add({"set": part.name, "logits": logits, "target": part.asked, "index": indices})
             retained = _retained(trainer, targets[part.rows])
@@ -181,13 +181,17 @@ class GenerationEvaluator(Callback):
         """What is judged: the images, or the parts of them in which their condition asks for something.
 
         The latter where the datamodule has ``parts``, boxes (left, top, right, bottom) by name, and ``contents`` (conditions,
-        parts): the class that is asked for in each, and -1 where nothing is.
+        parts): the class that is asked for in each, and -1 where nothing is. An image of which no part is judged counts as a
+        whole, for its features alone.
         """
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         if not hasattr(data, "contents"):
             yield _Part("generated", torch.arange(len(images), device=images.device), images, targets)
             return
         asked = data.contents.to(targets.device)[targets]
+        rows = (asked < 0).all(1).nonzero().flatten()
+        if len(rows):
+            yield _Part(None, rows, images[rows], asked[rows, 0])
         for number, (name, (left, top, right, bottom)) in enumerate(data.parts.items()):
             rows = (asked[:, number] >= 0).nonzero().flatten()
             if len(rows):
@@ -208,7 +212,7 @@ class GenerationEvaluator(Callback):
 class _Part(NamedTuple):
     """One part of some images: its name, which of them, what it shows, and the class that is asked for."""
 
-    name: str
+    name: str | None
     rows: Tensor
     images: Tensor
     asked: Tensor

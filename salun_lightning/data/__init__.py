@@ -1,9 +1,11 @@
-"""What is forgotten, and the loaders. Knows nothing of models."""
+"""What is forgotten, and the loaders. Knows nothing of models, but that a pipeline may be asked for images."""
 
 from salun_lightning.data.augment import RandomCropFlip
 from salun_lightning.data.cifar import CIFAR10DataModule, CIFAR100DataModule
+from salun_lightning.data.concepts import ConceptDataModule
 from salun_lightning.data.datamodule import ForgetRetainDataModule, Sources
 from salun_lightning.data.digits import DigitPromptsDataModule, DigitsDataModule
+from salun_lightning.data.drawn import DrawnImages
 from salun_lightning.data.forget import ForgetClasses, ForgetConcepts, ForgetIndices, ForgetRandom, ForgetRequest
 from salun_lightning.data.image_folder import ImageFolderDataModule
 from salun_lightning.data.order import Order, epoch_seed, run_seed
@@ -15,8 +17,10 @@ from salun_lightning.data.wrong_labels import WrongLabels
 __all__ = [
     "CIFAR10DataModule",
     "CIFAR100DataModule",
+    "ConceptDataModule",
     "DigitPromptsDataModule",
     "DigitsDataModule",
+    "DrawnImages",
     "ForgetClasses",
     "ForgetConcepts",
     "ForgetIndices",

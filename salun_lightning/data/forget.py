@@ -108,7 +108,7 @@ class ForgetConcepts(ForgetRequest):
         if not concepts or not all(concept.strip() for concept in concepts):
             raise ValueError("No concept is named. Give some with their anchors, such as {church: field}.")
         for concept, anchor in concepts.items():
-            named = next((other for other in concepts if _names(anchor, other)), None)
+            named = next((other for other in concepts if mentions(anchor, other)), None)
             if named is not None:
                 raise ValueError(
                     f"The anchor '{anchor}' of '{concept}' names '{named}', which is to be forgotten. Give another."
@@ -118,12 +118,12 @@ class ForgetConcepts(ForgetRequest):
     @override
     def classes(self, class_names: Sequence[str]) -> list[int]:
         for concept in self.concepts:
-            if not any(_names(prompt, concept) for prompt in class_names):
+            if not any(mentions(prompt, concept) for prompt in class_names):
                 raise ValueError(
                     f"No prompt names the concept '{concept}'. The prompts are {', '.join(class_names[:5])}"
                     + (f" and {len(class_names) - 5} more." if len(class_names) > 5 else ".")
                 )
-        return [n for n, prompt in enumerate(class_names) if any(_names(prompt, concept) for concept in self.concepts)]
+        return [n for n, prompt in enumerate(class_names) if any(mentions(prompt, concept) for concept in self.concepts)]
 
     @override
     def anchors(self, class_names: Sequence[str]) -> dict[int, str]:
@@ -149,8 +149,9 @@ def _whole_words(phrase: str) -> str:
     return rf"(?<!\w){re.escape(phrase)}(?!\w)"
 
 
-def _names(prompt: str, concept: str) -> bool:
-    return re.search(_whole_words(concept), prompt, flags=re.IGNORECASE) is not None
+def mentions(prompt: str, words: str) -> bool:
+    """Whether a prompt has these words, as whole words and whatever their case."""
+    return re.search(_whole_words(words), prompt, flags=re.IGNORECASE) is not None
 
 
 class ForgetRandom(ForgetRequest):

@@ -109,6 +109,8 @@ class TextToImage(Diffusion):
     @override
     def encode(self, images: Tensor) -> Tensor:
         vae = self._vae()
+        if images.shape[1] != vae.config.in_channels:
+            raise ValueError(f"The images have {images.shape[1]} channels, and the VAE takes {vae.config.in_channels}.")
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
             made = vae.encode((2 * images - 1).to(vae.dtype))
         latents: Tensor = made.latents if hasattr(made, "latents") else made.latent_dist.mode()
