@@ -23,6 +23,7 @@ from salun_lightning.configurations import SHIPPED
 from salun_lightning.data import DigitsDataModule, ImageTensors, Sources
 from salun_lightning.lightning_cli import UnlearningCLI
 from salun_lightning.sentences import sentence
+from tests.modules.test_text_to_image import stable_diffusion
 
 NAMES = sorted(str(path.relative_to(SHIPPED).with_suffix("")) for path in SHIPPED.rglob("*.yaml"))
 TEXTS = {name: (SHIPPED / f"{name}.yaml").read_text(encoding="utf-8") for name in NAMES}
@@ -38,7 +39,12 @@ FOR_CLASSIFIERS = {name for name in METHODS if "classifiers" in FIRST[name]}
 OF_WHOLE_CLASSES = {name for name in METHODS if "whole classes" in FIRST[name]}
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.accelerator=cpu"]
 NETWORK = {"class_path": "SmallResNet", "init_args": {"num_classes": 10, "in_channels": 3, "width": 16, "stages": 1}}
+SHOWN = {  # prompts of tasks whose pipelines and images would have to be downloaded
+    "imagenette": ["an image of a church", "an image of a French horn"],
+    "nudity": ["a photo of a nude person", "a photo of a person wearing clothes"],
+}
 SMALLER = {  # of methods that are slow by themselves
+    "ConceptAblation": ["--model.method.images=1"],
     "ESD": ["--model.method.steps=2"],
     "SelectiveAmnesia": ["--model.method.images=2", "--model.method.timesteps=2"],
 }
@@ -92,8 +98,11 @@ def small(task: str, folder: Path) -> list[str]:
     elif task != "digits":
         options.append(f"--model.network={json.dumps(NETWORK)}")
     network = content["model"]["init_args"].get("network", {}).get("init_args", {})
-    if has_prompts(task):
+    if "DigitPromptsDataModule" in TEXTS[task]:
         options.append("--data.pairs=20")
+    if task in SHOWN:
+        options += [f"--data.root={folder}/shown/{task}", f"--model.pipeline={folder}/pipeline", "--model.evaluation=null"]
+        options += ["--data.drawn=null", "--data.image_size=16"]
     if "attention_head_dim" in network:
         widths = [8] * len(network["block_out_channels"])
         unet = {"block_out_channels": widths, "attention_head_dim": 8, "norm_num_groups": 4, "layers_per_block": 1}
@@ -165,6 +174,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             path = folder / "images" / split / data.classes[target] / f"{number}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels).save(path)
+    words = " ".join(word for prompts in SHOWN.values() for prompt in prompts for word in prompt.split())
+    stable_diffusion("1", words=words, length=8).save_pretrained(folder / "pipeline")
+    for task, prompts in SHOWN.items():
+        (folder / "shown" / task).mkdir(parents=True)
+        rows = [f"{number}.png,{prompts[number % 2]}\n" for number in range(16)]
+        (folder / "shown" / task / "metadata.csv").write_text("".join(["file_name,text\n", *rows]))
+        for number, pixels in enumerate(data.data[:16]):
+            Image.fromarray(pixels).save(folder / "shown" / task / f"{number}.png")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("salun_lightning.data.cifar.CIFAR10DataModule.dataset", Tiny)
         patch.setattr("salun_lightning.data.stl10.STL10", TinySTL)

@@ -56,10 +56,12 @@ def text_encoder(kind: Any, tokenizer: Any) -> Any:
     )  # fmt: skip
 
 
-def stable_diffusion(kind: str, prediction: str = "epsilon") -> DiffusionPipeline:
+def stable_diffusion(
+    kind: str, prediction: str = "epsilon", words: str = "a cat dog beside", length: int = 5
+) -> DiffusionPipeline:
     """A tiny pipeline with the parts of Stable Diffusion 1 and 2, or of XL: two text encoders and added conditions."""
     torch.manual_seed(0)
-    tokenizer = small_text_to_image("a cat dog beside", 5).tokenizer
+    tokenizer = small_text_to_image(words, length).tokenizer
     width = {"1": 16, "xl": 32}[kind]
     added = {
         "addition_embed_type": "text_time",

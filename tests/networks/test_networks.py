@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
-from torchvision.models import resnet18, squeezenet1_1
+from torchvision.models import get_model_weights, resnet18, squeezenet1_1
 
 from salun_lightning.networks import SmallResNet, TorchvisionClassifier
 
@@ -138,3 +138,19 @@ def test_every_weight_gets_a_gradient(name: str) -> None:
     network = NETWORKS[name]()
     network(torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))).square().sum().backward()
     assert all(parameter.grad is not None for parameter in network.parameters())
+
+
+def test_weights_of_torchvision_bring_their_own_preparation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As from a download: random weights of the right names and shapes."""
+    offered = get_model_weights("squeezenet1_1")["DEFAULT"]
+    made = seeded(squeezenet1_1)
+    monkeypatch.setattr(type(offered), "get_state_dict", lambda *_, **__: made.state_dict())
+    network = TorchvisionClassifier("squeezenet1_1", weights="DEFAULT").eval()
+    images = torch.rand(2, 3, 300, 250)
+    expected = made.eval()(offered.transforms()(images))
+    assert expected.shape == (2, 1000)
+    torch.testing.assert_close(network(images), expected)
+    with pytest.raises(ValueError, match=r"torchvision has no weights 'V9' of squeezenet1_1\. It has: IMAGENET1K_V1, DEFAULT"):
+        TorchvisionClassifier("squeezenet1_1", weights="V9")
+    with pytest.raises(ValueError, match="Give num_classes: without weights, the number of classes is not known"):
+        TorchvisionClassifier("resnet18")
