@@ -15,7 +15,7 @@ import torch
 import yaml
 
 import salun_lightning.methods
-from salun_lightning import ForgetClasses, ForgetIndices, ForgetRandom, SaliencyMask, WrongLabels, configurations
+from salun_lightning import ForgetClasses, ForgetIndices, ForgetRandom, Patch, SaliencyMask, WrongLabels, configurations
 from salun_lightning.cli import main
 from salun_lightning.comparison.command import compare
 from salun_lightning.configurations import find, located
@@ -158,6 +158,15 @@ def test_a_concept_is_forgotten_in_a_pipeline(tmp_path: Path, monkeypatch: pytes
     exec(compile(block("python", "small_text_to_image"), "text_to_image.md", "exec"), names)
     assert (tmp_path / "without_sevens" / "model_index.json").is_file()
     assert names["trainer"].global_step == 2
+    trained = names["model"].network.state_dict()
+    names["small_text_to_image"]("a photo of an beside zero one two three four five six seven eight nine").save_pretrained(
+        tmp_path / "my_pipeline"
+    )
+    exec(compile(block("python", "Patch.between"), "text_to_image.md", "exec"), names)
+    unet = names["DiffusionPipeline"].from_pretrained("my_pipeline").unet
+    assert same(names["before"].state_dict(), unet.state_dict())
+    Patch.load("seven.safetensors").apply(unet)
+    assert same(unet.state_dict(), trained)
 
 
 def test_own_methods(folder: Path) -> None:
@@ -208,7 +217,7 @@ def test_every_block_is_tried_by_a_test() -> None:
     tried = {
         "python": (
             *("import SaliencyMasking", "def forget_loss", "export_state_dict", "class Forgetful", "class AscentStep"),
-            *("CappedAscent", "Predictions.load", "Unlearn(", "small_text_to_image"),
+            *("CappedAscent", "Predictions.load", "Unlearn(", "small_text_to_image", "Patch.between"),
         ),
         "yaml": ("my_module.Forgetful", "data.forget: {", "data.wrong_labels", "CappedAscent"),
         "toml": ("entry-points",),
