@@ -34,7 +34,8 @@ class GenerationEvaluator(Callback):
     :class:`Requested`. ``predict`` of a diffusion model asks for the same images.
 
     Args:
-        per_condition: How many images of each condition are sampled.
+        per_condition: How many images of each condition are sampled; or a list: how many of those that ask for one thing, how
+            many of those that ask for two, and so on, where the datamodule's ``contents`` say what they ask for.
         conditions: Of which, by name or number; by default of all.
         classifier: Maps images (B, C, H, W) in [0, 1] to logits (B, classes); None leaves out what it measures.
         weights: Its checkpoint; None takes it as it is.
@@ -58,7 +59,7 @@ class GenerationEvaluator(Callback):
 
     def __init__(
         self,
-        per_condition: int = 100,
+        per_condition: int | list[int] = 100,
         conditions: list[int | str] | int | str | None = None,
         classifier: nn.Module | None = None,
         weights: str | os.PathLike[str] | None = None,
@@ -66,7 +67,7 @@ class GenerationEvaluator(Callback):
         neighbours: int = 3,
     ) -> None:
         super().__init__()
-        if per_condition < 1:
+        if not per_condition or min(per_condition if isinstance(per_condition, list) else [per_condition]) < 1:
             raise ValueError(f"per_condition must be positive, got {per_condition}.")
         if features == "classifier" and (classifier is None or last_linear(classifier) is None):
             raise ValueError("features: classifier needs a classifier with a linear layer.")
@@ -91,28 +92,34 @@ class GenerationEvaluator(Callback):
         assert self.classifier is not None
         return f"{type(self.classifier.network).__name__} before its last layer"
 
-    def requests(self, names: Sequence[str]) -> ImageRequests:
+    def requests(self, names: Sequence[str], contents: Tensor | None = None) -> ImageRequests:
         """All images that are asked for.
 
         Args:
             names: The names of all conditions.
+            contents: What each condition asks for in each part of an image, -1 for nothing.
 
         Raises:
-            ValueError: A condition is not among them.
+            ValueError: A condition is not among them, or it is not known how many things each asks for.
         """
-        asked = range(len(names)) if self.conditions is None else ForgetClasses(self.conditions).classes(names)
-        return ImageRequests(asked, self.per_condition)
+        asked = list(range(len(names))) if self.conditions is None else ForgetClasses(self.conditions).classes(names)
+        if isinstance(self.per_condition, int):
+            return ImageRequests(asked, self.per_condition)
+        if contents is None:
+            raise ValueError("per_condition is a list, and the datamodule has no contents that say what a condition asks for.")
+        things = (contents[asked] >= 0).sum(1).clamp(1, len(self.per_condition))
+        return ImageRequests(asked, [self.per_condition[number - 1] for number in things.tolist()])
 
     def loader(self, trainer: Trainer) -> DataLoader[Requested]:
         """The share of this process in what is asked for, in batches as large as those of the data."""
-        requests = self.requests(_names(trainer))
+        requests = self.requests(_names(trainer), _contents(trainer))
         size: int = trainer.datamodule.batch_size  # type: ignore[attr-defined]
         sampler = FixedOrder(torch.arange(len(requests)), size, trainer.world_size, trainer.global_rank)
         return DataLoader(requests, sampler=sampler, batch_size=None)
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self.requests(_names(trainer))  # refused before hours of training
+        self.requests(_names(trainer), _contents(trainer))  # refused before hours of training
 
     @override
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -184,11 +191,11 @@ class GenerationEvaluator(Callback):
         parts): the class that is asked for in each, and -1 where nothing is. An image of which no part is judged counts as a
         whole, for its features alone.
         """
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        if not hasattr(data, "contents"):
+        data, contents = trainer.datamodule, _contents(trainer)  # type: ignore[attr-defined]
+        if contents is None:
             yield _Part("generated", torch.arange(len(images), device=images.device), images, targets)
             return
-        asked = data.contents.to(targets.device)[targets]
+        asked = contents.to(targets.device)[targets]
         rows = (asked < 0).all(1).nonzero().flatten()
         if len(rows):
             yield _Part(None, rows, images[rows], asked[rows, 0])
@@ -221,6 +228,11 @@ class _Part(NamedTuple):
 def _names(trainer: Trainer) -> list[str]:
     names: list[str] = trainer.datamodule.class_names  # type: ignore[attr-defined]
     return names
+
+
+def _contents(trainer: Trainer) -> Tensor | None:
+    contents: Tensor | None = getattr(trainer.datamodule, "contents", None)  # type: ignore[attr-defined]
+    return contents
 
 
 def _forgotten(trainer: Trainer) -> list[int]:

@@ -19,16 +19,17 @@ class Requested(NamedTuple):
 
 
 class ImageRequests(Dataset[Requested]):
-    """Asks for equally many images of each of some conditions: index it with a list of positions.
+    """Asks for images of some conditions: index it with a list of positions.
 
     Args:
         conditions: The conditions.
-        per_condition: How many images of each.
+        per_condition: How many images of each; one number, or one for each condition.
     """
 
-    def __init__(self, conditions: Sequence[int], per_condition: int) -> None:
-        self.targets = torch.tensor(list(conditions)).repeat_interleave(per_condition)
-        self.indices = torch.arange(per_condition).repeat(len(conditions))
+    def __init__(self, conditions: Sequence[int], per_condition: int | Sequence[int]) -> None:
+        counts = [per_condition] * len(conditions) if isinstance(per_condition, int) else list(per_condition)
+        self.targets = torch.tensor(list(conditions)).repeat_interleave(torch.tensor(counts))
+        self.indices = torch.cat([torch.arange(count) for count in counts])
 
     def __len__(self) -> int:
         return len(self.targets)

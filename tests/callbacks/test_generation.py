@@ -48,6 +48,18 @@ def test_every_condition_is_asked_for_equally_often(number: int, batch_size: int
     assert max(len(batch.targets) for batch in loader) <= batch_size
 
 
+def test_as_many_as_a_condition_asks_for_things() -> None:
+    data = place()
+    data.datamodule.contents = torch.tensor([[3, -1], [1, 2], [-1, 5]])
+    assert asked(GenerationEvaluator([2, 1]).loader(data)) == [(0, 0), (0, 1), (1, 0), (2, 0), (2, 1)]
+    assert asked(GenerationEvaluator([2, 1], "cat").loader(data)) == [(0, 0), (0, 1)]
+    assert asked(GenerationEvaluator([1]).loader(data)) == requests([0, 1, 2], 1)
+    with pytest.raises(ValueError, match="per_condition is a list, and the datamodule has no contents"):
+        GenerationEvaluator([2, 1]).loader(place())
+    with pytest.raises(ValueError, match=r"per_condition must be positive, got \[2, 0\]"):
+        GenerationEvaluator([2, 0])
+
+
 @pytest.mark.parametrize(
     ("conditions", "numbers"),
     [
