@@ -14,7 +14,7 @@ from typing_extensions import override
 from salun_lightning.callbacks.requests import ImageRequests, Requested
 from salun_lightning.data import ForgetClasses
 from salun_lightning.data.order import FixedOrder
-from salun_lightning.evidence.measures import judged
+from salun_lightning.evidence.measures import judged, right
 from salun_lightning.evidence.predictions import Predictions, Recorder
 from salun_lightning.metrics import Distribution
 from salun_lightning.metrics.distribution import Kind
@@ -199,10 +199,15 @@ class GenerationEvaluator(Callback):
         rows = (asked < 0).all(1).nonzero().flatten()
         if len(rows):
             yield _Part(None, rows, images[rows], asked[rows, 0])
-        for number, (name, (left, top, right, bottom)) in enumerate(data.parts.items()):
+        for number, (name, (x, y, to_x, to_y)) in enumerate(data.parts.items()):
             rows = (asked[:, number] >= 0).nonzero().flatten()
             if len(rows):
-                yield _Part(f"generated/{name}", rows, images[rows, :, top:bottom, left:right], asked[rows, number])
+                yield _Part(f"generated/{name}", rows, images[rows, :, y:to_y, x:to_x], asked[rows, number])
+
+    def recognised(self, trainer: Trainer, images: Tensor, targets: Tensor) -> Tensor:
+        """Where the classifier sees what conditions (B,) ask for in images in [0, 1]; a bool for each part that is judged."""
+        parts = [part for part in self._parts(trainer, images, targets) if part.name is not None]
+        return torch.cat([right(logits, part.asked) for part in parts if (logits := self._look(part.images)[0]) is not None])
 
     @torch.no_grad()
     def _look(self, images: Tensor) -> tuple[Tensor | None, Tensor]:
