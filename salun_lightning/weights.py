@@ -14,7 +14,7 @@ _PATTERNS = {  # parts of a UNet, as diffusers calls them; the names are those o
     "full": "",
     "xattn": r"(^|\.)attn2\.",  # cross-attention
     "xattn-strict": r"(^|\.)attn2\.to_[kv]\.",  # what reads the prompt
-    "noxattn": r"^(?!time_embedding\.|conv_out\.)(?!(.*\.)?attn2\.)",  # the rest, but for what its release leaves out, too
+    "noxattn": r"^(?!time_embedding\.|conv_norm_out\.|conv_out\.)(?!(.*\.)?attn2\.)",  # the rest, as released
     "selfattn": r"(^|\.)attn1\.",
 }
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -8,7 +8,7 @@ from salun_lightning.comparison.paired import Results, Table
 from salun_lightning.comparison.plan import Cell, slug
 from salun_lightning.evidence.gaps import average_gap, finite
 
-_PERCENT = {"UA", "RA", "TA", "MIA", "acc"}
+_PERCENT = {"UA", "RA", "TA", "MIA", "acc", "inside", "other", "pairs"}
 
 
 def plot(summary: Mapping[str, Any], results: Results, table: Table, out: Path) -> list[Path]:

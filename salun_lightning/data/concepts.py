@@ -95,13 +95,15 @@ class ConceptDataModule(ForgetRetainDataModule):
     @override
     def prepare_data(self) -> None:
         if self.drawn is not None:
-            self.drawn.draw(self.root)
+            trainer: Any = self.trainer
+            self.drawn.draw(self.root, None if trainer is None else trainer.strategy.root_device)
 
     @override
     def load(self) -> Sources:
         if self.drawn is not None and not (self.root / TABLE).is_file():
             raise ValueError(f"The images in '{self.root}' are not drawn yet. Call prepare_data, as the trainer does.")
-        train = self._listed(self.root / "train" if (self.root / "train").is_dir() else self.root)
+        folder = self.root / "train" if self.drawn is None and (self.root / "train").is_dir() else self.root
+        train = self._listed(folder)
         test = next((self._listed(folder) for name in ("test", "val") if (folder := self.root / name).is_dir()), [])
         prompts = list(dict.fromkeys([*(prompt for _, prompt in [*train, *test]), *self.further]))
         self.contents = self._contents(prompts)
@@ -123,7 +125,10 @@ class ConceptDataModule(ForgetRetainDataModule):
 
     def _of_folders(self, folder: Path) -> list[tuple[Path, str]]:
         found = []
-        for shown in sorted(part for part in folder.iterdir() if part.is_dir() and not part.name.startswith(".")):
+        others = {"test", "val"} if folder == self.root else set()
+        for shown in sorted(part for part in folder.iterdir() if part.is_dir() and part.name not in others):
+            if shown.name.startswith("."):
+                continue
             files = sorted(path for path in shown.iterdir() if path.suffix.lower() in _TYPES and not path.name.startswith("."))
             if not files:
                 raise ValueError(f"There is no image in '{shown}'. Put images there, or remove the folder.")

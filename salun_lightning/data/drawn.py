@@ -49,11 +49,12 @@ class DrawnImages:
             if number < 1:
                 raise ValueError(f"{name} must be positive, got {number}.")
 
-    def draw(self, folder: Path) -> None:
+    def draw(self, folder: Path, device: torch.device | None = None) -> None:
         """Draw what is not there yet, and write the table ``metadata.csv`` of all.
 
         Args:
             folder: Where the images go.
+            device: Where they are drawn; by default on a GPU, if there is one.
 
         Raises:
             ValueError: Images of other settings lie there, or the pipeline cannot be read.
@@ -74,15 +75,14 @@ class DrawnImages:
         if missing:
             folder.mkdir(parents=True, exist_ok=True)
             write_json(noted, settings)
-            self._draw(missing)
+            self._draw(missing, device or torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         rows = [(path.name, prompt) for _, prompt, path in wanted]
         with whole(folder / _TABLE) as unfinished, unfinished.open("w", encoding="utf-8", newline="") as file:
             csv.writer(file).writerows([("file_name", "text"), *rows])
 
-    def _draw(self, missing: list[tuple[int, str, Path]]) -> None:
+    def _draw(self, missing: list[tuple[int, str, Path]], device: torch.device) -> None:
         from salun_lightning.networks.text_to_image import text_to_image  # nothing else here knows of models
 
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         pipeline: Any = text_to_image(self.pipeline).to(device)
         pipeline.set_progress_bar_config(disable=True)
         batches = [missing[start : start + self.batch_size] for start in range(0, len(missing), self.batch_size)]

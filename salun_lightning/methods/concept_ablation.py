@@ -72,9 +72,8 @@ class ConceptAblation(Method):
         rows = torch.searchsorted(self._anchors.to(anchors.device), anchors) * self.images
         rows = rows + torch.randint(self.images, rows.shape, device=rows.device)
         noisy, timesteps, noise = model.noised(Samples(*(field[rows] for field in self._drawn)))
-        with torch.no_grad():
-            goal = model.denoise(noisy, timesteps, anchors) if self.goal == "model" else noise
+        with torch.set_grad_enabled(self.prior_weight > 0):
+            said = model.denoise(noisy, timesteps, anchors)
+        goal = said.detach() if self.goal == "model" else noise
         loss = functional.mse_loss(model.denoise(noisy, timesteps, concepts), goal)
-        if self.prior_weight:
-            loss = loss + self.prior_weight * functional.mse_loss(model.denoise(noisy, timesteps, anchors), noise)
-        return loss
+        return loss + self.prior_weight * functional.mse_loss(said, noise) if self.prior_weight else loss

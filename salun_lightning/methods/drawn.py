@@ -11,8 +11,6 @@ if TYPE_CHECKING:
 
     from salun_lightning.modules.diffusion import Diffusion
 
-BATCH = 256
-
 
 def drawn_by_original(model: "Diffusion", conditions: "Sequence[int]", images: int) -> Samples:
     """Images of some conditions by the original model: the same in every process, and after a run was resumed.
@@ -25,12 +23,13 @@ def drawn_by_original(model: "Diffusion", conditions: "Sequence[int]", images: i
     numbers = torch.arange(len(conditions) * images)
     wanted = Samples(numbers, torch.tensor(conditions)[numbers // images], numbers)
     with torch.no_grad():
-        parts = [model.sample(part.targets, part.indices, original=True) for part in in_batches(wanted)]
+        size = model.datamodule.batch_size
+        parts = [model.sample(part.targets, part.indices, original=True) for part in in_batches(wanted, size)]
     drawn = torch.cat(parts)
     return Samples(drawn, wanted.targets.to(drawn.device), wanted.indices.to(drawn.device))
 
 
-def in_batches(samples: Samples) -> "Iterator[Samples]":
+def in_batches(samples: Samples, size: int) -> "Iterator[Samples]":
     """The samples, so many at a time."""
-    for fields in zip(*(field.split(BATCH) for field in samples), strict=True):
+    for fields in zip(*(field.split(size) for field in samples), strict=True):
         yield Samples(*fields)

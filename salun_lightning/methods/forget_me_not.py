@@ -59,14 +59,15 @@ class ForgetMeNot(Method):
     def loss(self, module: "UnlearningModule", batch: Mapping[str, Samples]) -> Tensor:
         model, forget = cast("TextToImage", module), part(batch, "forget", self)
         noisy, timesteps, _ = model.noised(forget)
-        self._seen.clear()
+        self._release()
         self._hooks = [
             layer.register_forward_pre_hook(self._look, with_kwargs=True) for layer in _cross_attention(model.network)
         ]
-        model.denoise(noisy, timesteps, forget.targets)
+        prediction = model.denoise(noisy, timesteps, forget.targets)
         named = self._named[forget.targets.cpu()].to(noisy.device)
         squares = [(seen.float() * named[:, None, None]).square().sum() for seen in self._seen]
-        return torch.stack(squares).sum() / len(forget.targets)
+        # several processes wait for the gradient of each weight, also of those behind the last layer that looks
+        return torch.stack(squares).sum() / len(forget.targets) + 0 * prediction.sum()
 
     def _look(self, layer: Any, inputs: tuple[Tensor, ...], told: dict[str, Any]) -> None:
         """Compute what the layer is about to look at, (B, heads, places, tokens)."""
@@ -76,8 +77,15 @@ class ForgetMeNot(Method):
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._release()  # not before, because checkpointed activations are computed again in the backward pass
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._release()
+
+    def _release(self) -> None:
         self._seen.clear()
-        while self._hooks:  # until now, because checkpointed activations are computed again in the backward pass
+        while self._hooks:
             self._hooks.pop().remove()
 
 

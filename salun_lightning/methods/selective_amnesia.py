@@ -69,7 +69,7 @@ class SelectiveAmnesia(Method):
         with _original_weights(model):
             fisher = gradient_sums(
                 model,
-                in_batches(drawn),
+                in_batches(drawn, model.datamodule.batch_size),
                 squared=True,
                 loss=lambda image: model.seeded_loss(_repeated(image, self.timesteps)),
                 strategy=trainer.strategy,

@@ -232,8 +232,9 @@ class UnlearningModule(LightningModule, ABC):
 
 def _schedule(module: UnlearningModule, scheduler: Any) -> dict[str, Any]:
     """What Lightning is told of a learning-rate scheduler; its ReduceLROnPlateau has a monitor."""
-    if module.lr_interval == "epoch" and module._trainer is not None and not module.trainer.fast_dev_run:  # type: ignore[attr-defined]
-        check_cycle(scheduler, module.trainer.max_epochs)
+    trainer: Any = module._trainer
+    if module.lr_interval == "epoch" and trainer is not None and not trainer.fast_dev_run:
+        check_cycle(scheduler, trainer.max_epochs)
     return {"scheduler": scheduler, "interval": module.lr_interval, "monitor": getattr(scheduler, "monitor", None)}
 
 

@@ -40,7 +40,7 @@ def check_cycle(scheduler: Any, epochs: int | None) -> None:
         scheduler: A scheduler that steps each epoch.
         epochs: How many epochs the run has.
     """
-    if isinstance(scheduler, OneCycleLR) and scheduler.total_steps != epochs:
+    if isinstance(scheduler, OneCycleLR) and epochs is not None and 0 < epochs != scheduler.total_steps:
         rank_zero_warn(
             f"OneCycleLR has {scheduler.total_steps} steps and steps each epoch, of which the run has {epochs}. Give it as many"
             " steps, or count optimizer steps: lr_interval: step."

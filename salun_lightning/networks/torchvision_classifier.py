@@ -54,7 +54,7 @@ class TorchvisionClassifier(nn.Module):
         pretrained = None if weights is None else _weights(name, weights)
         if num_classes is None and pretrained is None:
             raise ValueError("Give num_classes: without weights, the number of classes is not known.")
-        auxiliary = {"aux_logits": False} if name in {"googlenet", "inception_v3"} else {}
+        auxiliary = {"aux_logits": False} if pretrained is None and name in {"googlenet", "inception_v3"} else {}
         self.normalize = Normalize(mean, std) if pretrained is None else pretrained.transforms()
         classes = {} if num_classes is None else {"num_classes": num_classes}
         self.model = models.get_model(name, weights=pretrained, **classes, **{**auxiliary, **(model_kwargs or {})})

@@ -47,8 +47,9 @@ class Change(NamedTuple):
 class Patch:
     """What changed between two states of a network, weights and buffers: where, and to what.
 
-    It fits the network that it was made from and no other, which the bits of all tensors tell. A patch tells which weights were
-    changed, and that may help to revive what was erased (arXiv 2603.06640): hand it to those alone who may know.
+    It is refused by a network with other weights than it was made from, by the sum of the bits of each tensor. A patch tells
+    which weights were changed, and that may help to revive what was erased (arXiv 2603.06640): hand it to those alone who may
+    know.
 
     Args:
         changes: By plain name of the tensor, what changed in it.
@@ -78,7 +79,7 @@ class Patch:
         self.base = base
         self.result = result
         self.differences = differences
-        self.metadata = dict(metadata or {})
+        self.metadata = {name: str(value) for name, value in (metadata or {}).items()}
 
     @classmethod
     def between(
@@ -102,15 +103,11 @@ class Patch:
             ValueError: The two are not of one network.
         """
         old, new = _tensors(before), _tensors(after)
-        kinds = [{name: (tuple(tensor.shape), tensor.dtype) for name, tensor in part.items()} for part in (old, new)]
-        if kinds[0] != kinds[1]:
-            name = next(name for name in {**old, **new} if kinds[0].get(name) != kinds[1].get(name))
-            theirs = " and ".join(str(kind.get(name, "not there")) for kind in kinds)
-            raise ValueError(f"The two are not states of one network: '{name}' is {theirs}.")
+        _check_same(old, new)
         changes = {}
         for name, tensor in new.items():
             changed = _flat_bits(tensor) != _flat_bits(old[name])
-            values, was = tensor.flatten()[changed], old[name].flatten()[changed]
+            values, was = (part.flatten()[changed.to(part.device)].cpu() for part in (tensor, old[name]))
             if dtype is not None:
                 values = (values.float() - was.float()).to(dtype) if tensor.is_floating_point() else values - was
             if changed.any():
@@ -130,7 +127,7 @@ class Patch:
 
         Args:
             network: The network that it was made from, with the same weights.
-            scale: How far to go: 0 changes nothing, 1 all the way.
+            scale: How far to go: 0 changes nothing, 1 all the way. Whole numbers go all the way.
 
         Returns:
             The patch that takes everything back, bit for bit, as long as nothing else changes the network.
@@ -142,9 +139,12 @@ class Patch:
         before = fingerprint(tensors.items())
         if before != self.base:
             raise ValueError(_OTHER)
-        was = {}
-        for name, change in self.changes.items():
-            was[name] = change._replace(values=tensors[name].flatten()[change.where.to(tensors[name].device)].cpu())
+        was = {
+            name: change._replace(values=tensors[name].flatten()[change.where.to(tensors[name].device)].cpu())
+            for name, change in self.changes.items()
+        }
+        once = {tensors[name].data_ptr(): name for name in self.changes}  # of tied weights, one name
+        for name in once.values():
             tensors[name].copy_(self._changed(name, tensors[name], scale))
         after = fingerprint(tensors.items())
         if scale == 1 and self.result not in ("", after):
@@ -154,7 +154,7 @@ class Patch:
 
     def _changed(self, name: str, tensor: Tensor, scale: float = 1.0) -> Tensor:
         """A tensor as it is to be."""
-        if name not in self.changes:
+        if name not in self.changes or scale == 0:
             return tensor
         change, flat = self.changes[name], tensor.flatten().clone()
         where, values = change.where.to(tensor.device), change.values.to(tensor.device)
@@ -196,7 +196,8 @@ class Patch:
                     " second run start from the result of the first one."
                 )
             changes[name] = Change.of(either, values)
-        return Patch(changes, self.base, other.result if follows else "", self.differences, {**self.metadata, **other.metadata})
+        result = other.result if follows and not self.differences else ""  # sums of differences are rounded anew
+        return Patch(changes, self.base, result, self.differences, {**self.metadata, **other.metadata})
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file: a bit for each number of a changed tensor, and the values. It appears whole or not at all.
@@ -255,6 +256,14 @@ def _merged(first: Change, second: Change, differences: bool) -> tuple[Tensor, T
     values[other] = values[other] + second.values if differences else second.values
     either = one | other
     return values[either], either, int((one & other).sum())
+
+
+def _check_same(old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> None:
+    kinds = [{name: (tuple(tensor.shape), tensor.dtype) for name, tensor in part.items()} for part in (old, new)]
+    if kinds[0] != kinds[1]:
+        name = next(name for name in {**old, **new} if kinds[0].get(name) != kinds[1].get(name))
+        theirs = " and ".join(str(kind.get(name, "not there")) for kind in kinds)
+        raise ValueError(f"The two are not states of one network: '{name}' is {theirs}.")
 
 
 def _tensors(state: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:

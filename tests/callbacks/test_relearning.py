@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from salun_lightning.callbacks import GenerationEvaluator, Relearning
-from salun_lightning.data import Samples
+from salun_lightning.data import ForgetRandom, Samples
 from salun_lightning.networks import SmallResNet
 from tests.modules.small_diffusion import diffusion, images
 from tests.modules.small_runs import same, trainer, weights
@@ -114,5 +114,8 @@ def test_conditions_for_several_things_are_left_out() -> None:
 def test_what_it_needs_is_said(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="Relearning needs a module with an evaluation that has a classifier"):
         measured(tmp_path, Relearning(), diffusion())
+    data, run = images(forget=ForgetRandom(count=5)), trainer(tmp_path, callbacks=[Relearning()])
+    with pytest.raises(ValueError, match="of a forgotten class, or of one thing alone: there are none"):
+        run.test(diffusion(evaluation=judge()), datamodule=data, verbose=False)
     with pytest.raises(ValueError, match=r"until must be positive, got 0\.0"):
         Relearning(until=0.0)

@@ -90,6 +90,16 @@ def test_a_table_of_images_and_prompts(tmp_path: Path) -> None:
     assert "test" not in data.test_dataloader()
 
 
+def test_images_to_test_do_not_lie_among_those_to_train(tmp_path: Path) -> None:
+    for thing in ("church", "golf ball"):
+        picture(tmp_path / thing / "0.png", 5)
+        picture(tmp_path / "test" / thing / "1.png", 7)
+    data = ready(tmp_path)
+    assert data.class_names == ["an image of a church", "an image of a golf ball"]
+    assert [path.name for path in data._train.paths] == ["0.png", "0.png"]
+    assert [path.name for path in data._sets["test"][0].paths] == ["1.png", "1.png"]
+
+
 def test_an_image_is_scaled_and_its_centre_taken(tmp_path: Path) -> None:
     pixels = np.zeros((10, 30, 3), np.uint8)
     pixels[:, 10:20] = 255

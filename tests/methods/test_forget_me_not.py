@@ -80,6 +80,7 @@ def test_loss_and_gradient_are_those_of_what_the_layers_look_at(kind: str, tmp_p
     assert len(keeping.kept) > 1
     assert expected > 0.1
     torch.testing.assert_close(loss, expected)
+    assert found.keys() == dict(module.network.named_parameters()).keys()  # several processes wait for each of them
     wanted = gradients(module, expected)
     for name, gradient in found.items():
         torch.testing.assert_close(gradient, wanted.get(name, torch.zeros_like(gradient)), msg=name)

@@ -178,10 +178,13 @@ def test_only_what_is_trainable_is_trained_and_masked(tmp_path: Path) -> None:
     assert {name for name in before if not torch.equal(before[name], after[name])} == {"3.weight", "3.bias"}
 
 
+ENDS = {"time_embedding", "conv_norm_out", "conv_out"}
+
+
 @pytest.mark.parametrize(
     ("name", "chosen"),
     [
-        ("full", {"time_embedding", "conv_in", "attn1.to_q", "attn2.to_q", "attn2.to_k", "attn2.to_v", "conv_out"}),
+        ("full", {*ENDS, "conv_in", "attn1.to_q", "attn2.to_q", "attn2.to_k", "attn2.to_v"}),
         ("xattn", {"attn2.to_q", "attn2.to_k", "attn2.to_v"}),
         ("xattn-strict", {"attn2.to_k", "attn2.to_v"}),
         ("noxattn", {"conv_in", "attn1.to_q"}),
@@ -193,7 +196,7 @@ def test_parts_of_a_unet_by_name(name: str, chosen: set[str]) -> None:
         return nn.ModuleDict({part: nn.Linear(2, 2, bias=False) for part in parts})
 
     attention = nn.ModuleDict({"attn1": linear("to_q"), "attn2": linear("to_q", "to_k", "to_v")})
-    layers = nn.ModuleDict({**linear("time_embedding", "conv_in", "conv_out"), "blocks": attention})
+    layers = nn.ModuleDict({**linear("time_embedding", "conv_in", "conv_norm_out", "conv_out"), "blocks": attention})
     module = ImageClassifier(layers, trainable=name)
     assert {key.removeprefix("blocks.").removesuffix(".weight") for key in weights_of(module)} == chosen
 

@@ -43,9 +43,9 @@ def state(module: nn.Module) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_applied_it_is_what_was_trained_and_taken_back_what_was_there(dtype: torch.dtype, tmp_path: Path) -> None:
     before, after = network(dtype=dtype), moved(network(dtype=dtype), 1)
-    Patch.between(before, after, metadata={"request": "a church"}).save(tmp_path / "patch")
+    Patch.between(before, after, metadata={"request": "a church", "seed": 1}).save(tmp_path / "patch")
     patch = Patch.load(tmp_path / "patch")
-    assert patch.metadata == {"request": "a church"}
+    assert patch.metadata == {"request": "a church", "seed": "1"}
     changed = sum(int((a != b).sum()) for a, b in zip(state(before).values(), state(after).values(), strict=True))
     assert patch.num_changed == changed > 50
     was = state(before)
@@ -72,7 +72,7 @@ def test_half_of_the_way(dtype: torch.dtype | None) -> None:
     for name, weight in half.named_parameters():
         start, end = before.get_parameter(name), after.get_parameter(name)
         torch.testing.assert_close(weight, (start + end) / 2, rtol=0, atol=2e-7 if dtype is None else 3e-2)
-    assert all(torch.equal(weight, before.get_parameter(name)) for name, weight in none.named_parameters())
+    assert same(state(none), state(before))
     undo.apply(none)
     assert same(state(none), state(before))
 
@@ -109,6 +109,35 @@ def test_runs_one_after_the_other_even_where_both_changed_a_weight() -> None:
     assert same(state(at_once), state(second))
     undo.apply(at_once)
     assert same(state(at_once), state(network()))
+
+
+def test_rounded_runs_one_after_the_other() -> None:
+    first, second = network(), network()
+    one = Patch.between(network(), moved(network(), 1), torch.bfloat16)
+    one.apply(first)
+    two = Patch.between(first, moved(first, 2), torch.bfloat16)
+    undo = one.then(two).apply(second)
+    two.apply(first)
+    for name, weight in second.named_parameters():
+        torch.testing.assert_close(weight, first.get_parameter(name), rtol=0.01, atol=0.01)
+    undo.apply(second)
+    assert same(state(second), state(network()))
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_tied_weights_are_changed_once(dtype: torch.dtype | None) -> None:
+    def tied(change: float = 0.0) -> nn.ModuleDict:
+        torch.manual_seed(0)
+        layer = nn.Linear(3, 3)
+        with torch.no_grad():
+            layer.weight[0] += change
+        return nn.ModuleDict({"one": layer, "other": layer})
+
+    start = tied()
+    undo = Patch.between(tied(), tied(0.5), dtype).apply(start)
+    torch.testing.assert_close(start["one"].weight, tied(0.5)["other"].weight)
+    undo.apply(start)
+    assert same(state(start), state(tied()))
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
