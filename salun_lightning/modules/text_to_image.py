@@ -15,6 +15,7 @@ from typing_extensions import override
 from salun_lightning.methods.base import Kind
 from salun_lightning.modules.diffusion import Diffusion
 from salun_lightning.modules.sampling import Sampling
+from salun_lightning.networks.adapters import add_adapters, merged
 from salun_lightning.networks.frozen import Frozen
 from salun_lightning.networks.pipeline import write_pipeline
 from salun_lightning.networks.text_to_image import Embedded, embed, text_to_image
@@ -31,10 +32,13 @@ class TextToImage(Diffusion):
         pipeline: A directory, the name of a pipeline on the hub of Hugging Face, or a pipeline: Stable Diffusion 1, 2 or XL.
             Its UNet is the original model, unless ``original`` names another one.
         sampling: How images are sampled.
+        lora: Trains adapters of low rank (Hu et al., ICLR 2022) in the place of the weights: arguments of ``peft.LoraConfig``,
+            such as ``{r: 8}``. By default they are in all projections of attention. A mask then covers the adapters.
         **kwargs: See ``Diffusion``.
 
     Raises:
-        ValueError: It is no such pipeline, or a prompt is too long.
+        ModuleNotFoundError: peft is not installed, which ``lora`` needs.
+        ValueError: It is no such pipeline, a prompt is too long, or adapters are to start from another ``original``.
     """
 
     kind: Kind = "text-to-image"
@@ -44,9 +48,14 @@ class TextToImage(Diffusion):
         self,
         pipeline: str | DiffusionPipeline,
         sampling: Sampling = Sampling(guidance=7.5),  # noqa: B008  # frozen
+        lora: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         read = text_to_image(pipeline)
+        if lora is not None:
+            if kwargs.get("original") is not None:
+                raise ValueError("Adapters (lora) start from the pipeline itself. Leave original unset.")
+            add_adapters(read.unet, lora)
         # DDIM as diffusers would run it; latents are no images, whose range could be kept
         settings = {name: value for name, value in read.scheduler.config.items() if name != "_use_default_values"}
         usual = DDIMScheduler.from_config({"clip_sample": False, **settings})
@@ -132,7 +141,8 @@ class TextToImage(Diffusion):
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Save the pipeline with the UNet as it is now, as a directory that plain diffusers loads.
 
-        No mask is part of it: where the weights were changed may help to revive what was erased (arXiv 2603.06640).
+        No mask is part of it: where the weights were changed may help to revive what was erased (arXiv 2603.06640). Adapters
+        are merged into the UNet, and also lie beside it, as ``load_lora_weights`` of diffusers reads them.
 
         Args:
             folder: The directory; it appears whole or not at all.
@@ -140,4 +150,5 @@ class TextToImage(Diffusion):
         Raises:
             ValueError: ``folder`` is something else than such a directory.
         """
-        write_pipeline(self.pipeline, Path(folder))
+        with merged(self.pipeline) as (whole, adapters):
+            write_pipeline(whole, Path(folder), adapters)

@@ -34,12 +34,13 @@ def save_pipeline(network: nn.Module, scheduler: Any, folder: Path) -> None:
     write_pipeline(DDPMPipeline(unet=network, scheduler=scheduler), folder)
 
 
-def write_pipeline(pipeline: Any, folder: Path) -> None:
+def write_pipeline(pipeline: Any, folder: Path, adapters: dict[str, Any] | None = None) -> None:
     """Save a pipeline of diffusers as a directory that appears whole or not at all. One that is there is replaced.
 
     Args:
         pipeline: The pipeline.
         folder: The directory.
+        adapters: What its ``save_lora_weights`` takes, of adapters that are part of the UNet already.
 
     Raises:
         ValueError: ``folder`` is something else than such a directory.
@@ -48,6 +49,8 @@ def write_pipeline(pipeline: Any, folder: Path) -> None:
         raise ValueError(f"'{folder}' is there and is not a pipeline directory, so it is not replaced.")
     with whole_folder(folder) as unfinished:
         pipeline.save_pretrained(unfinished)
+        if adapters is not None:
+            pipeline.save_lora_weights(unfinished, **adapters)
 
 
 @contextmanager

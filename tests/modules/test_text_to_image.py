@@ -34,7 +34,7 @@ from salun_lightning.modules.text_to_image import TextToImage
 from salun_lightning.networks import SmallResNet
 from salun_lightning.networks.text_to_image import embed, small_text_to_image, text_to_image
 from salun_lightning.saliency import SaliencyMasking
-from tests.modules.small_diffusion import unet
+from tests.modules.small_diffusion import adamw, unet
 from tests.modules.small_runs import same, trainer, weights
 
 WORDS = "a photo of an beside zero one two three four five six seven eight nine"
@@ -320,3 +320,48 @@ def test_the_parts_that_prompts_ask_for_are_judged(tmp_path: Path) -> None:
     assert {name: logged[name] for name in expected} == pytest.approx(expected)
     assert expected.keys() == {"UA", "acc", "inside", "other", "pairs"}
     assert logged["num_generated"] == 3 * (1 + 2)  # parts of what is retained
+
+
+def adapted(**lora: Any) -> TextToImage:
+    sampling = Sampling(steps=3, guidance=3.0)
+    module = TextToImage(
+        stable_diffusion("1"), method=Remap(to="anchor"), sampling=sampling, lora={"r": 2, **lora}, optimizer=adamw
+    )
+    return module
+
+
+def test_adapters_alone_are_trained_and_masked_and_what_is_saved_is_a_plain_pipeline(tmp_path: Path) -> None:
+    module, masking = adapted(), SaliencyMasking(0.5, score="random")
+    before = {name: weight.clone() for name, weight in module.network.state_dict().items()}
+    trainer(tmp_path, max_epochs=3, callbacks=[masking]).fit(module, datamodule=Photos())
+    assert masking.mask is not None
+    assert all("lora_" in name for name in masking.mask)
+    assert len(masking.mask) > 10
+    moved = {name for name, weight in module.network.state_dict().items() if not torch.equal(weight, before[name])}
+    assert moved
+    assert all("lora_" in name for name in moved)
+    module.eval().save_pretrained(tmp_path / "pipeline")
+    plain: Any = DiffusionPipeline.from_pretrained(tmp_path / "pipeline")
+    assert plain.unet.state_dict().keys() == stable_diffusion("1").unet.state_dict().keys()
+    expected = drawn(plain, module, PROMPTS)
+    torch.testing.assert_close(module.sample(TARGETS, NUMBERS), expected, atol=1e-4, rtol=0)
+    base: Any = stable_diffusion("1")
+    unchanged = drawn(base, module, PROMPTS)
+    assert (expected - unchanged).abs().max() > 0.01
+    base.load_lora_weights(tmp_path / "pipeline")
+    torch.testing.assert_close(drawn(base, module, PROMPTS), expected, atol=1e-4, rtol=0)
+
+
+def test_fresh_adapters_change_nothing(tmp_path: Path) -> None:
+    module = started(adapted(), Photos(), tmp_path)
+    plain = started(TextToImage(stable_diffusion("1"), sampling=Sampling(steps=3, guidance=3.0)), Photos(), tmp_path)
+    torch.testing.assert_close(module.sample(TARGETS, NUMBERS), plain.sample(TARGETS, NUMBERS), atol=1e-6, rtol=0)
+
+
+def test_adapters_that_cannot_be(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"lora .*rank.* cannot be used: .*unexpected keyword argument 'rank'"):
+        adapted(rank=3)
+    with pytest.raises(ValueError, match=r"lora .* cannot be used: .*not found"):
+        adapted(target_modules=["nothing"])
+    with pytest.raises(ValueError, match=r"Adapters \(lora\) start from the pipeline itself\. Leave original unset"):
+        TextToImage(stable_diffusion("1"), lora={"r": 2}, original="somewhere")
