@@ -2,8 +2,9 @@
 
 from salun_lightning.callbacks.generation import GenerationEvaluator
 from salun_lightning.callbacks.image_writer import ImageWriter
+from salun_lightning.callbacks.nudity import NudityCounter
 from salun_lightning.callbacks.predictions import PredictionsWriter
 from salun_lightning.callbacks.relearning import Relearning
 from salun_lightning.callbacks.save_pipeline import SavePipeline
 
-__all__ = ["GenerationEvaluator", "ImageWriter", "PredictionsWriter", "Relearning", "SavePipeline"]
+__all__ = ["GenerationEvaluator", "ImageWriter", "NudityCounter", "PredictionsWriter", "Relearning", "SavePipeline"]
