@@ -16,7 +16,7 @@ FILES = sorted(SHIPPED.rglob("*.yaml"))
 def test_configurations_are_short() -> None:
     """All but those that the search writes. Before there was a file for each method, they were 991 lines."""
     lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in FILES if path.parent.name != "tuned"}
-    assert sum(lengths.values()) <= 600
+    assert sum(lengths.values()) <= 700
     assert max(length for path, length in lengths.items() if path.parent.name == "method") <= 8
 
 
