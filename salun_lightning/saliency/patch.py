@@ -200,7 +200,7 @@ class Patch:
         return Patch(changes, self.base, result, self.differences, {**self.metadata, **other.metadata})
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write safetensors: a bit for each number of a changed tensor, and the values. The file appears whole or not at all."""
+        """Write safetensors: a bit for each number of a changed tensor, and the values. It appears whole or not at all."""
         tensors = {f"{name}.{field}": getattr(change, field) for name, change in self.changes.items() for field in _FIELDS}
         header = {
             **self.metadata,
