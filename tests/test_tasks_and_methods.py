@@ -46,7 +46,7 @@ SHOWN = {  # prompts of tasks whose pipelines and images would have to be downlo
 SMALLER = {  # of methods that are slow by themselves
     "ConceptAblation": ["--model.method.images=1"],
     "ESD": ["--model.method.steps=2"],
-    "SelectiveAmnesia": ["--model.method.images=2", "--model.method.timesteps=2"],
+    "SelectiveAmnesia": ["--model.method.images=1", "--model.method.timesteps=2"],
 }
 
 
