@@ -206,8 +206,10 @@ class GenerationEvaluator(Callback):
 
     def recognised(self, trainer: Trainer, images: Tensor, targets: Tensor) -> Tensor:
         """Where the classifier sees what conditions (B,) ask for in images in [0, 1]; a bool for each part that is judged."""
+        assert self.classifier is not None
         parts = [part for part in self._parts(trainer, images, targets) if part.name is not None]
-        return torch.cat([right(logits, part.asked) for part in parts if (logits := self._look(part.images)[0]) is not None])
+        with torch.autocast(images.device.type, enabled=False):
+            return torch.cat([right(self.classifier(part.images.float()), part.asked) for part in parts])
 
     @torch.no_grad()
     def _look(self, images: Tensor) -> tuple[Tensor | None, Tensor]:

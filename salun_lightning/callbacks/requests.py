@@ -28,8 +28,8 @@ class ImageRequests(Dataset[Requested]):
 
     def __init__(self, conditions: Sequence[int], per_condition: int | Sequence[int]) -> None:
         counts = [per_condition] * len(conditions) if isinstance(per_condition, int) else list(per_condition)
-        self.targets = torch.tensor(list(conditions)).repeat_interleave(torch.tensor(counts))
-        self.indices = torch.cat([torch.arange(count) for count in counts])
+        pairs = [(condition, n) for condition, count in zip(conditions, counts, strict=True) for n in range(count)]
+        self.targets, self.indices = torch.tensor(pairs, dtype=torch.int64).view(-1, 2).unbind(1)
 
     def __len__(self) -> int:
         return len(self.targets)

@@ -12,11 +12,10 @@ from torchvision.transforms import v2
 from typing_extensions import override
 
 from salun_lightning.data.datamodule import ForgetRetainDataModule, Sources
-from salun_lightning.data.drawn import DrawnImages
+from salun_lightning.data.drawn import TABLE, DrawnImages
 from salun_lightning.data.forget import mentions
 from salun_lightning.data.images import check_images, read_image
 
-TABLE = "metadata.csv"
 _TYPES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 IMAGENETTE = {  # the folders of Imagenette, what they show, and the class of ImageNet
     "n01440764": ("tench", 0),
@@ -126,9 +125,8 @@ class ConceptDataModule(ForgetRetainDataModule):
     def _of_folders(self, folder: Path) -> list[tuple[Path, str]]:
         found = []
         others = {"test", "val"} if folder == self.root else set()
-        for shown in sorted(part for part in folder.iterdir() if part.is_dir() and part.name not in others):
-            if shown.name.startswith("."):
-                continue
+        folders = [part for part in folder.iterdir() if part.is_dir() and not part.name.startswith(".")]
+        for shown in sorted(part for part in folders if part.name not in others):
             files = sorted(path for path in shown.iterdir() if path.suffix.lower() in _TYPES and not path.name.startswith("."))
             if not files:
                 raise ValueError(f"There is no image in '{shown}'. Put images there, or remove the folder.")

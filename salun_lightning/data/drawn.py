@@ -13,7 +13,7 @@ from salun_lightning.data.order import epoch_seed
 from salun_lightning.files import digest, read_json, whole, write_json
 
 _SETTINGS = "drawn.json"
-_TABLE = "metadata.csv"
+TABLE = "metadata.csv"
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class DrawnImages:
             write_json(noted, settings)
             self._draw(missing, device or torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         rows = [(path.name, prompt) for _, prompt, path in wanted]
-        with whole(folder / _TABLE) as unfinished, unfinished.open("w", encoding="utf-8", newline="") as file:
+        with whole(folder / TABLE) as unfinished, unfinished.open("w", encoding="utf-8", newline="") as file:
             csv.writer(file).writerows([("file_name", "text"), *rows])
 
     def _draw(self, missing: list[tuple[int, str, Path]], device: torch.device) -> None:

@@ -45,7 +45,7 @@ class SaliencyMask(Mapping[str, Tensor]):
         ratio: float | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> None:
-        packed = {name: (_pack(mask), mask.shape) for name, mask in (masks.items() if isinstance(masks, Mapping) else masks)}
+        packed = {name: (pack(mask), mask.shape) for name, mask in (masks.items() if isinstance(masks, Mapping) else masks)}
         self._fill(packed, ratio, metadata)
 
     def _fill(self, packed: _Packed, ratio: float | None, metadata: Mapping[str, str] | None) -> None:
@@ -218,7 +218,8 @@ class SaliencyMask(Mapping[str, Tensor]):
             ) from error
 
 
-def _pack(mask: Tensor) -> Tensor:
+def pack(mask: Tensor) -> Tensor:
+    """A bool tensor as one bit for each of its elements, in bytes on the CPU."""
     return torch.from_numpy(np.packbits(mask.detach().bool().cpu().numpy()))
 
 

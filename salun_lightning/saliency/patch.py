@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from salun_lightning.files import whole
+from salun_lightning.saliency.mask import pack
 from salun_lightning.weights import bits_of, fingerprint, plain_names
 
 _FORMAT = "salun_lightning.Patch/1"
@@ -36,12 +37,17 @@ class Change(NamedTuple):
     @classmethod
     def of(cls, changed: Tensor, values: Tensor) -> Self:
         """From one bool for each number, and the values."""
-        return cls(torch.from_numpy(np.packbits(changed.cpu().numpy())), values.cpu())
+        return cls(pack(changed), values.cpu())
+
+    @property
+    def changed(self) -> Tensor:
+        """A bool for each of its numbers, and for up to seven that pad the last byte."""
+        return torch.from_numpy(np.unpackbits(self.bits.numpy())).bool()
 
     @property
     def where(self) -> Tensor:
         """The positions that changed, ascending int64."""
-        return torch.from_numpy(np.flatnonzero(np.unpackbits(self.bits.numpy())))
+        return self.changed.nonzero().flatten()
 
 
 class Patch:
@@ -246,7 +252,7 @@ class Patch:
 
 def _merged(first: Change, second: Change, differences: bool) -> tuple[Tensor, Tensor, int]:
     """The values of two changes of one tensor, the later one last; where any of them lies, and how many lie in both."""
-    one, other = (torch.from_numpy(np.unpackbits(change.bits.numpy())).bool() for change in (first, second))
+    one, other = first.changed, second.changed
     values = torch.zeros(len(one), dtype=first.values.dtype)
     values[one] = first.values
     values[other] = values[other] + second.values if differences else second.values
