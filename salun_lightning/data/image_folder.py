@@ -1,6 +1,7 @@
 """A user's own images, one folder a class."""
 
 import os
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ class ImageFolderDataModule(ForgetRetainDataModule):
             on the accelerator if there is one. Transforms then take whole uint8 batches, such as ``RandomCropFlip``; by
             default there are none.
         check_images: Whether files that cannot be read are found before training, at 0.2 s for 1,000 images (a truncated JPEG
-            is known by its end); else when their turn comes.
+            is known by its end); else when their turn comes. Images in memory always are.
         per_class: Take only the first so many training images of each class, by name of the file. None for all.
         **kwargs: See ``ForgetRetainDataModule``.
 
@@ -76,7 +77,8 @@ class ImageFolderDataModule(ForgetRetainDataModule):
             different = sorted(set(train.classes) ^ set(test.classes))
             raise ValueError(f"Training and test images have different classes: {', '.join(different)}.")
         if self.in_memory:
-            return Sources(self._decoded(train), None if test is None else self._decoded(test), train.classes)
+            size = self.image_size
+            return Sources(_in_memory(train, size), None if test is None else _in_memory(test, size), train.classes)
         return Sources(train, test, train.classes)
 
     def _folder(self, folder: Path, per_class: int | None = None) -> "_Images | None":
@@ -85,14 +87,9 @@ class ImageFolderDataModule(ForgetRetainDataModule):
         images = _Images(folder)
         if per_class is not None:
             images.keep_first(per_class)
-        if self.check_images:
+        if self.check_images and not self.in_memory:
             check_images([path for path, _ in images.samples])
         return images
-
-    def _decoded(self, dataset: ImageFolder) -> ImageTensors:
-        prepare = v2.Compose([v2.ToImage(), v2.Resize(self.image_size, antialias=True), v2.CenterCrop(self.image_size)])
-        images: list[Tensor] = [prepare(image).as_subclass(Tensor) for image, _ in dataset]
-        return ImageTensors(torch.stack(images), torch.tensor(dataset.targets))
 
 
 class _Images(ImageFolder):  # type: ignore[misc]  # torchvision has no types
@@ -124,3 +121,23 @@ class _Images(ImageFolder):  # type: ignore[misc]  # torchvision has no types
         if not names:
             raise ValueError(f"There is no class folder in '{directory}'. Images are expected in '{directory}/<class>/'.")
         return names, {name: number for number, name in enumerate(names)}
+
+
+def _in_memory(folder: _Images, image_size: int) -> ImageTensors:
+    paths = [path for path, _ in folder.samples]
+    states = [(state.st_size, state.st_mtime_ns) for state in map(os.stat, paths)]
+    return ImageTensors(_decoded(tuple(paths), tuple(states), image_size), torch.tensor(folder.targets))
+
+
+@lru_cache(maxsize=2)  # training and test set: the many runs of a comparison decode them once
+def _decoded(paths: tuple[str, ...], states: tuple[tuple[int, int], ...], image_size: int) -> Tensor:
+    """The centres of images, uint8 (N, 3, image_size, image_size).
+
+    Args:
+        paths: The files.
+        states: Their sizes in bytes and times of change, which tell that a file is no longer the one that was decoded.
+        image_size: Height and width.
+    """
+    check_images(paths)
+    prepare = v2.Compose([v2.ToImage(), v2.Resize(image_size, antialias=True), v2.CenterCrop(image_size)])
+    return torch.stack([prepare(read_image(path)).as_subclass(Tensor) for path in paths])

@@ -1,5 +1,6 @@
 """The bundled data sets, and those that torchvision reads, on small files in their real formats."""
 
+import os
 import pickle
 import shutil
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from salun_lightning.data import (
     STL10DataModule,
     SVHNDataModule,
 )
+from salun_lightning.data.images import read_image
 
 CIFAR10_NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 CIFAR100_NAMES = [f"thing {number}" for number in range(100)]
@@ -263,6 +265,34 @@ def test_the_first_images_of_each_class(tmp_path: Path, in_memory: bool) -> None
     assert len(first.test_dataloader()["test"].dataset) == len(whole.test_dataloader()["test"].dataset)
     with pytest.raises(ValueError, match=r"per_class must be positive, got 0\."):
         ImageFolderDataModule(root, per_class=0, forget=ForgetRandom(count=3))
+
+
+def test_images_in_memory_are_decoded_once_for_many_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And again when a file has changed: the copy that is held is of files as they are."""
+    root = image_folder(tmp_path)
+    read: list[str] = []
+
+    def noted(path: str) -> Image.Image:
+        read.append(path)
+        return read_image(path)
+
+    def shades() -> Tensor:
+        datamodule = ImageFolderDataModule(root, image_size=6, in_memory=True, forget=ForgetRandom(count=3))
+        datamodule.setup()
+        samples = [batch for name in ("forget", "retain") for batch in datamodule.set_dataloader(name)]
+        images, indices = (torch.cat(fields) for fields in zip(*((s.inputs, s.indices) for s in samples), strict=True))
+        return images[indices.argsort()]
+
+    monkeypatch.setattr("salun_lightning.data.image_folder.read_image", noted)
+    first = shades()
+    of_first = len(read)
+    assert of_first == len({*read}) > len(first)  # every file once, those of the test set too
+    assert torch.equal(shades(), first)
+    assert len(read) == of_first
+    changed = next(path for path in sorted(read) if f"{os.sep}train{os.sep}" in path)
+    Image.new("RGB", (8, 8), (1, 2, 3)).save(changed)
+    assert (shades() != first).flatten(1).any(1).sum() == 1
+    assert changed in read[of_first:]
 
 
 def test_image_folder_with_workers(tmp_path: Path) -> None:
