@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from salun_lightning.files import write_json
-from salun_lightning.networks.pipeline import silent_diffusers
+from salun_lightning.networks.pipeline import reason, silent_diffusers
 
 
 class ClipScore(Callback):
@@ -90,9 +90,8 @@ def _read(model: str) -> tuple[Any, Any]:
         with silent_diffusers():
             read = CLIPModel.from_pretrained(model, use_safetensors=True), CLIPProcessor.from_pretrained(model)
     except (OSError, ValueError) as error:
-        reason = str(error).partition("\n")[0].rstrip(" .")
         raise ValueError(
-            f"'{model}' cannot be read as a model of CLIP: {reason}. Give a directory that transformers has saved, or a name on"
-            " the hub that can be reached."
+            f"'{model}' cannot be read as a model of CLIP: {reason(error)}. Give a directory that transformers has saved,"
+            " or a name on the hub that can be reached."
         ) from error
     return read

@@ -66,6 +66,18 @@ def silent_diffusers() -> Iterator[None]:
         diffusers.logging.set_verbosity(verbosity)
 
 
+def reason(error: BaseException) -> str:
+    """Why diffusers or transformers could not read something, on one line."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, LocalEntryNotFoundError):
+            return "it is no directory here, the hub of Hugging Face cannot be reached, and it was not downloaded before"
+        cause = cause.__cause__ or cause.__context__
+    return str(error).partition("\n")[0].rstrip(" .")
+
+
 def read_pipeline(source: Path | str) -> dict[str, Any]:
     """Read the network of a pipeline and its noise schedule, with the loaders of diffusers. No pickle is executed.
 
@@ -94,9 +106,8 @@ def read_pipeline(source: Path | str) -> dict[str, Any]:
             network, found = kind.from_pretrained(source, subfolder=component, use_safetensors=True, output_loading_info=True)
             schedule = diffusers.DDPMScheduler.load_config(source, subfolder="scheduler") if "scheduler" in index else {}
     except Exception as error:
-        reason = str(error).partition("\n")[0].rstrip(" .")
         raise ValueError(
-            f"'{source}' cannot be read as a pipeline; a file may be truncated or missing: {reason}. Save it with"
+            f"'{source}' cannot be read as a pipeline; a file may be truncated or missing: {reason(error)}. Save it with"
             " save_pretrained and safe_serialization=True: its weights are read from safetensors alone."
         ) from error
     state = network.state_dict()

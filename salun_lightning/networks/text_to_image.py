@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from salun_lightning.networks.pipeline import silent_diffusers
+from salun_lightning.networks.pipeline import reason, silent_diffusers
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, StableDiffusionPipeline
@@ -53,10 +53,9 @@ def text_to_image(source: "str | os.PathLike[str] | DiffusionPipeline") -> "Diff
             left_out = {"safety_checker": None} if "safety_checker" in index else {}
             read = diffusers.DiffusionPipeline.from_pretrained(source, use_safetensors=True, **left_out)
     except (OSError, RuntimeError, KeyError) as error:
-        reason = str(error).partition("\n")[0].rstrip(" .")
         raise ValueError(
-            f"'{source}' cannot be read as a text-to-image pipeline: {reason}. Give a directory that diffusers has saved with"
-            " safe_serialization=True, or a name on the hub that can be reached."
+            f"'{source}' cannot be read as a text-to-image pipeline: {reason(error)}. Give a directory that diffusers has"
+            " saved with safe_serialization=True, or a name on the hub that can be reached."
         ) from error
     _check_channels(read)
     return read

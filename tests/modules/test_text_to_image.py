@@ -32,6 +32,7 @@ from salun_lightning.modules.noise import min_snr_weights
 from salun_lightning.modules.sampling import Sampling, generators, noise_of
 from salun_lightning.modules.text_to_image import TextToImage
 from salun_lightning.networks import SmallResNet
+from salun_lightning.networks.pipeline import read_pipeline
 from salun_lightning.networks.text_to_image import embed, small_text_to_image, text_to_image
 from salun_lightning.saliency import SaliencyMasking
 from tests.modules.small_diffusion import adamw, unet
@@ -250,6 +251,17 @@ def test_what_is_no_such_pipeline_is_refused_in_a_sentence(tmp_path: Path) -> No
     weights_file.write_bytes(weights_file.read_bytes()[:1000])
     with pytest.raises(ValueError, match="cannot be read as a text-to-image pipeline"):
         text_to_image(tmp_path / "damaged")
+
+
+@pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument")  # what diffusers calls
+def test_a_hub_that_cannot_be_reached_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the file that diffusers misses for it."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for read in (text_to_image, read_pipeline):
+        with pytest.raises(
+            ValueError, match=r"'nobody/nothing' cannot be read as .*the hub .* cannot be reached, and it was not d"
+        ):
+            read("nobody/nothing")
 
 
 def test_prompts_that_do_not_fit_are_refused() -> None:
