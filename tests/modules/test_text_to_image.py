@@ -60,19 +60,26 @@ def text_encoder(kind: Any, tokenizer: Any) -> Any:
 def stable_diffusion(
     kind: str, prediction: str = "epsilon", words: str = "a cat dog beside", length: int = 5
 ) -> DiffusionPipeline:
-    """A tiny pipeline with the parts of Stable Diffusion 1 and 2, or of XL: two text encoders and added conditions."""
+    """A tiny pipeline with the parts of Stable Diffusion 1, 2 (heads of one width, linear projections) or XL.
+
+    The last one also has two text encoders, added conditions, and several transformer blocks in a row.
+    """
     torch.manual_seed(0)
     tokenizer = small_text_to_image(words, length).tokenizer
-    width = {"1": 16, "xl": 32}[kind]
-    added = {
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 4,
-        "projection_class_embeddings_input_dim": 6 * 4 + 8,
-    }
+    added: dict[str, Any] = {"attention_head_dim": 4} if kind == "1" else {"attention_head_dim": (2, 4)}
+    if kind != "1":
+        added |= {"use_linear_projection": True}
+    if kind == "xl":
+        added |= {
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 4,
+            "projection_class_embeddings_input_dim": 6 * 4 + 8,
+            "transformer_layers_per_block": (1, 2),
+        }
     unet = UNet2DConditionModel(
         sample_size=8, in_channels=4, out_channels=4, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=width, attention_head_dim=4, **(added if kind == "xl" else {}),
+        cross_attention_dim=32 if kind == "xl" else 16, **added,
     )  # fmt: skip
     vae = AutoencoderKL(
         block_out_channels=(4, 8), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
@@ -116,7 +123,7 @@ def drawn(pipeline: Any, module: TextToImage, prompts: list[str]) -> torch.Tenso
     return images
 
 
-@pytest.mark.parametrize(("kind", "prediction"), [("1", "epsilon"), ("1", "v_prediction"), ("xl", "epsilon")])
+@pytest.mark.parametrize(("kind", "prediction"), [("1", "epsilon"), ("2", "epsilon"), ("2", "v_prediction"), ("xl", "epsilon")])
 def test_it_draws_what_plain_diffusers_draws(kind: str, prediction: str, tmp_path: Path) -> None:
     module = TextToImage(stable_diffusion(kind, prediction), sampling=Sampling(steps=3, guidance=3.0))
     started(module, Photos(), tmp_path)
