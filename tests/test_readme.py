@@ -159,7 +159,7 @@ def test_a_concept_is_forgotten_in_a_pipeline(tmp_path: Path, monkeypatch: pytes
     assert (tmp_path / "without_sevens" / "model_index.json").is_file()
     assert names["trainer"].global_step == 2
     trained = names["model"].network.state_dict()
-    names["small_text_to_image"]("a photo of an beside zero one two three four five six seven eight nine").save_pretrained(
+    names["small_text_to_image"]("a an beside in ink zero one two three four five six seven eight nine").save_pretrained(
         tmp_path / "my_pipeline"
     )
     exec(compile(block("python", "Patch.between"), "text_to_image.md", "exec"), names)

@@ -12,7 +12,7 @@ from salun_lightning.data.datamodule import ForgetRetainDataModule, Sources
 from salun_lightning.data.samples import ImageTensors
 
 _WORDS = ("a zero", "a one", "a two", "a three", "a four", "a five", "a six", "a seven", "an eight", "a nine")
-_TEMPLATES = ("{}", "a photo of {}")
+_TEMPLATES = ("{}", "{} in ink")
 _PAIR = "{} beside {}"
 
 
@@ -34,8 +34,9 @@ class DigitsDataModule(ForgetRetainDataModule):
 class DigitPromptsDataModule(ForgetRetainDataModule):
     """The same digits with prompts: one in the middle of 8 x 16 pixels ("a seven"), or two ("a seven beside an eight").
 
-    Half of the prompts begin with "a photo of". Each single digit is there once with either. Pairs are drawn: two digits and an
-    image of each, of training images alone or of test images alone.
+    Half of the prompts end with "in ink": a digit's word has the same place in both, which helps where the text encoder is not
+    trained. Each single digit is there once with either. Pairs are drawn: two digits and an image of each, of training images
+    alone or of test images alone.
 
     ``contents`` says which digit a prompt asks for in each of the ``parts`` of the image, and -1 where none is.
 

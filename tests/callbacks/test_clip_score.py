@@ -44,7 +44,7 @@ def cosine(clip: Path, image: torch.Tensor, prompt: str) -> float:
 def test_scores_are_cosines_of_embeddings(clip: Path) -> None:
     callback = ClipScore(str(clip))
     images = torch.randint(0, 256, (5, 3, 16, 20), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    prompts = ["a photo of a seven", "a seven beside a three", "an eight", "a one", "a zero"]
+    prompts = ["a seven in ink", "a seven beside a three", "an eight", "a one", "a zero"]
     callback.on_predict_start(trainer(clip), TextToImage(small_text_to_image(WORDS)))
     expected = [100 * max(cosine(clip, image, prompt), 0) for image, prompt in zip(images, prompts, strict=True)]
     assert callback.scores(images, prompts).tolist() == pytest.approx(expected, abs=1e-3)

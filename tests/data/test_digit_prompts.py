@@ -22,7 +22,7 @@ def test_each_image_shows_what_its_prompt_says() -> None:
         shown = {number: {image.numpy().tobytes() for image in digits[0].images[digits[1] == number]} for number in range(10)}
         asked = Counter()
         for image, target in zip(images[0].images, images[1].tolist(), strict=True):
-            prompt = data.class_names[target].removeprefix("a photo of ")
+            prompt = data.class_names[target].removesuffix(" in ink")
             parts = prompt.split(" beside ")
             asked[len(parts)] += 1
             halves = [image[..., :8], image[..., 8:]] if len(parts) == 2 else [image[..., 4:12]]
@@ -34,7 +34,7 @@ def test_each_image_shows_what_its_prompt_says() -> None:
         assert asked == {1: 2 * len(digits[0]), 2: 300 if name == "train" else 60}
 
 
-def test_half_of_the_prompts_are_of_a_photo_and_all_digits_are_paired() -> None:
+def test_half_of_the_prompts_end_with_in_ink_and_all_digits_are_paired() -> None:
     data = DigitPromptsDataModule(forget=ForgetConcepts({"a seven": "an eight"}))
     data.setup()
     assert len(data.class_names) == len(set(data.class_names)) == 2 * (10 + 100)
@@ -43,7 +43,7 @@ def test_half_of_the_prompts_are_of_a_photo_and_all_digits_are_paired() -> None:
     assert counts[:110].sum().item() == pytest.approx(counts[110:].sum().item(), rel=0.05)
     assert all("seven" in data.class_names[number] for number in data.forgotten_classes)
     assert len(data.forgotten_classes) == 2 * (1 + 19)
-    assert data.anchors[data.class_names.index("a photo of a seven beside a seven")] == "a photo of an eight beside an eight"
+    assert data.anchors[data.class_names.index("a seven beside a seven in ink")] == "an eight beside an eight in ink"
 
 
 def test_the_images_are_the_same_every_time() -> None:

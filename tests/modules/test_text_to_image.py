@@ -38,7 +38,7 @@ from salun_lightning.saliency import SaliencyMasking
 from tests.modules.small_diffusion import adamw, unet
 from tests.modules.small_runs import same, trainer, weights
 
-WORDS = "a photo of an beside zero one two three four five six seven eight nine"
+WORDS = "a an beside in ink zero one two three four five six seven eight nine"
 PROMPTS = ["a cat", "a dog", "a cat beside a dog"]
 TARGETS, NUMBERS = torch.tensor([0, 2, 1]), torch.tensor([0, 0, 4])
 
@@ -162,7 +162,7 @@ def test_the_small_pipeline_draws_what_plain_diffusers_draws(tmp_path: Path) -> 
 def test_a_word_is_a_token_with_the_same_number_in_every_process(tmp_path: Path) -> None:
     pipeline = small_text_to_image(WORDS)
     pipeline.save_pretrained(tmp_path)
-    asked = "A photo of an eight beside a seven"
+    asked = "An eight beside a seven in ink"
     for tokenizer in (pipeline.tokenizer, DiffusionPipeline.from_pretrained(tmp_path).tokenizer):
         numbers = tokenizer(asked)["input_ids"]
         assert numbers == [0, *(2 + WORDS.split().index(word) for word in asked.lower().split()), 1]
@@ -320,7 +320,7 @@ def test_a_concept_is_forgotten_from_the_command_line(tmp_path: Path, monkeypatc
 def test_the_parts_that_prompts_ask_for_are_judged(tmp_path: Path) -> None:
     torch.manual_seed(1)
     judge = SmallResNet(num_classes=10, in_channels=1, width=4, stages=1)
-    prompts = ["a seven", "a photo of a three", "a seven beside a two", "a one beside a seven", "a two beside a six"]
+    prompts = ["a seven", "a three in ink", "a seven beside a two", "a one beside a seven", "a two beside a six"]
     evaluation = GenerationEvaluator(3, prompts, judge, features="classifier")
     module = TextToImage(small_text_to_image(WORDS), sampling=Sampling(steps=2), evaluation=evaluation)
     (logged,) = trainer(tmp_path).test(module, datamodule=digits(), verbose=False)[-1:]
