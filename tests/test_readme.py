@@ -318,4 +318,7 @@ def test_the_two_commands_install_and_run() -> None:
     install, job = main_job.rsplit(" && ", 1)
     assert install == "python3 -m venv .venv && .venv/bin/pip install -e ."
     assert job == ".venv/bin/python train.py compare -c digits"
-    assert tests == "python3 -m venv .venv && .venv/bin/pip install -e '.[test]' && .venv/bin/python -m pytest -n 2 --dist loadfile"
+    assert (
+        tests
+        == "python3 -m venv .venv && .venv/bin/pip install -e '.[test]' && .venv/bin/python -m pytest -n 2 --dist loadfile"
+    )

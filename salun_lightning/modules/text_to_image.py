@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from salun_lightning.methods.base import Kind
 from salun_lightning.modules.diffusion import Diffusion
+from salun_lightning.modules.latent_cache import LatentCache
 from salun_lightning.modules.sampling import Sampling
 from salun_lightning.networks.adapters import add_adapters, merged
 from salun_lightning.networks.frozen import Frozen
@@ -34,6 +35,8 @@ class TextToImage(Diffusion):
         sampling: How images are sampled.
         lora: Trains adapters of low rank (Hu et al., ICLR 2022) in the place of the weights: arguments of ``peft.LoraConfig``,
             such as ``{r: 8}``. By default they are in all projections of attention. A mask then covers the adapters.
+        latents: A folder where the latents of images are kept, on disk, so that the VAE sees each image once. It saves nothing
+            where images are augmented at random.
         **kwargs: See ``Diffusion``.
 
     Raises:
@@ -49,6 +52,7 @@ class TextToImage(Diffusion):
         pipeline: str | DiffusionPipeline,
         sampling: Sampling = Sampling(guidance=7.5),  # noqa: B008  # frozen
         lora: dict[str, Any] | None = None,
+        latents: str | os.PathLike[str] | None = None,
         **kwargs: Any,
     ) -> None:
         read = text_to_image(pipeline)
@@ -66,6 +70,8 @@ class TextToImage(Diffusion):
         encoders = [read.components[name] for name in ("text_encoder", "text_encoder_2") if read.components.get(name)]
         self.encoders = nn.ModuleList(Frozen(encoder) for encoder in encoders)
         self.vae = Frozen(read.vae)
+        self.latents = latents
+        self._cache: LatentCache | None = None
         self._embedded: Embedded | None = None
         self._prompts: list[str] = []
 
@@ -120,6 +126,14 @@ class TextToImage(Diffusion):
         vae = self._vae()
         if images.shape[1] != vae.config.in_channels:
             raise ValueError(f"The images have {images.shape[1]} channels, and the VAE takes {vae.config.in_channels}.")
+        if self.latents is None:
+            return self._encoded(images)
+        if self._cache is None:
+            self._cache = LatentCache(self.latents, vae, vae.dtype, vae.config.scaling_factor)
+        return self._cache.latents(images, self._encoded)
+
+    def _encoded(self, images: Tensor) -> Tensor:
+        vae = self._vae()
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
             made = vae.encode((2 * images - 1).to(vae.dtype))
         latents: Tensor = made.latents if hasattr(made, "latents") else made.latent_dist.mode()

@@ -1,0 +1,65 @@
+"""Latents that are kept on disk, so that a VAE sees each image once."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from salun_lightning.files import digest, whole
+from salun_lightning.weights import bits_of, fingerprint
+
+
+class LatentCache:
+    """Keeps latents by what they are made from: in a folder for each VAE, a file for each image.
+
+    The name of a file comes from the pixels, so an image that was changed, or cropped in another way, is another image. Any
+    number of processes and runs may share the folder. A latent of Stable Diffusion takes 64 KiB at 512 x 512 pixels.
+
+    Args:
+        folder: Where.
+        vae: What makes the latents.
+        settings: What else these depend on.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], vae: nn.Module, *settings: object) -> None:
+        self.folder = Path(folder) / digest([fingerprint(vae.state_dict().items()), *map(str, settings)])
+
+    def latents(self, images: Tensor, encode: Callable[[Tensor], Tensor]) -> Tensor:
+        """The latents of images (B, C, H, W), of which those that are not there yet are made, and kept.
+
+        Args:
+            images: On any device, on which the latents come back.
+            encode: Makes the latents of a batch of images.
+
+        Raises:
+            ValueError: A file is damaged.
+        """
+        paths = [self.folder / f"{key}.safetensors" for key in keys(images)]
+        missing = [row for row, path in enumerate(paths) if not path.is_file()]
+        if missing:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for row, latent in zip(missing, encode(images[missing]).cpu(), strict=True):
+                with whole(paths[row]) as unfinished:
+                    save_file({"latent": latent.contiguous()}, unfinished)
+        return torch.stack([_read(path) for path in paths]).to(images.device)
+
+
+def keys(images: Tensor) -> list[str]:
+    """A name for each image (B, C, H, W), of 128 bits that its pixels and their places make."""
+    bits, draw = bits_of(images.contiguous()).flatten(1).long(), torch.Generator().manual_seed(0)
+    sums = []
+    for _ in range(2):
+        factors = torch.randint(-(2**63), 2**63 - 1, (bits.shape[1],), generator=draw).to(bits.device)
+        sums.append([f"{number % 2**64:016x}" for number in (bits * factors).sum(1).tolist()])
+    shape = "x".join(map(str, images.shape[1:]))
+    return [f"{shape}-{first}{second}" for first, second in zip(*sums, strict=True)]
+
+
+def _read(path: Path) -> Tensor:
+    try:
+        return load_file(path)["latent"]
+    except Exception as error:
+        raise ValueError(f"'{path}' cannot be read as a latent: {error}. Delete it: it is made again.") from error
