@@ -47,7 +47,7 @@ def write_pipeline(pipeline: Any, folder: Path, adapters: dict[str, Any] | None 
     """
     if folder.exists() and not (folder / "model_index.json").is_file():
         raise ValueError(f"'{folder}' is there and is not a pipeline directory, so it is not replaced.")
-    with whole_folder(folder) as unfinished:
+    with whole_folder(folder) as unfinished, silent_diffusers():
         pipeline.save_pretrained(unfinished)
         if adapters is not None:
             pipeline.save_lora_weights(unfinished, **adapters)
@@ -55,15 +55,24 @@ def write_pipeline(pipeline: Any, folder: Path, adapters: dict[str, Any] | None 
 
 @contextmanager
 def silent_diffusers() -> Iterator[None]:
-    """Nothing is logged by diffusers meanwhile: for what ends in an error that says the same."""
-    import diffusers
+    """Diffusers logs nothing meanwhile, and shows no bars: for what takes a moment, or ends in an error that says the same."""
+    from diffusers.utils import is_transformers_available, logging
 
-    verbosity = diffusers.logging.get_verbosity()
-    diffusers.logging.set_verbosity(diffusers.logging.CRITICAL)
+    libraries: list[Any] = [logging]
+    if is_transformers_available():
+        from transformers.utils import logging as of_transformers
+
+        libraries.append(of_transformers)
+    verbosity, shown = logging.get_verbosity(), [library for library in libraries if library.is_progress_bar_enabled()]
+    logging.set_verbosity(logging.CRITICAL)
+    for library in shown:
+        library.disable_progress_bar()
     try:
         yield
     finally:
-        diffusers.logging.set_verbosity(verbosity)
+        logging.set_verbosity(verbosity)
+        for library in shown:
+            library.enable_progress_bar()
 
 
 def reason(error: BaseException) -> str:

@@ -279,6 +279,15 @@ def test_prompts_that_do_not_fit_are_refused() -> None:
         embed(pipeline, ["a cat beside a dog a"], torch.device("cpu"))
 
 
+def test_a_pipeline_is_saved_and_read_without_a_word(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Where there are many, as in a comparison, bars of the parts of each would hide what is said."""
+    module = TextToImage(stable_diffusion("xl"))
+    capfd.readouterr()
+    module.save_pretrained(tmp_path / "pipeline")
+    text_to_image(tmp_path / "pipeline")
+    assert capfd.readouterr() == ("", "")
+
+
 def test_copies_share_what_is_frozen(tmp_path: Path) -> None:
     module = TextToImage(stable_diffusion("xl"))
     copied = copy.deepcopy(module)
