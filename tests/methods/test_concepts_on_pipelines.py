@@ -22,9 +22,9 @@ from salun_lightning.methods import (
 )
 from salun_lightning.modules.sampling import Sampling
 from salun_lightning.modules.text_to_image import TextToImage
-from salun_lightning.saliency import SaliencyMasking
+from salun_lightning.saliency import Patch, SaliencyMasking
 from tests.modules.small_diffusion import adamw
-from tests.modules.small_runs import trainer, weights
+from tests.modules.small_runs import same, trainer, weights
 from tests.modules.test_text_to_image import NUMBERS, PROMPTS, TARGETS, Photos, drawn, stable_diffusion
 
 METHODS: list[Method] = [
@@ -62,3 +62,26 @@ def test_it_moves_what_the_mask_leaves_free_and_plain_diffusers_draws_the_result
     module.save_pretrained(tmp_path / "pipeline")
     expected = drawn(DiffusionPipeline.from_pretrained(tmp_path / "pipeline"), module, PROMPTS)
     torch.testing.assert_close(module.eval().sample(TARGETS, NUMBERS), expected, atol=1e-5, rtol=0)
+
+
+def test_one_concept_after_the_other(tmp_path: Path) -> None:
+    """The second run starts from the pipeline of the first; what both moved lies in the union of their masks."""
+    sampling, unets, masks = Sampling(steps=3, guidance=3.0), [weights(stable_diffusion("1").unet)], []
+    pipeline: Any = stable_diffusion("1")
+    for number, concepts in enumerate([{"dog": "cat"}, {"cat": "dog"}]):
+        masking = SaliencyMasking(0.3)
+        module = TextToImage(pipeline, method=Remap(to="anchor"), sampling=sampling, optimizer=adamw)
+        trainer(tmp_path, callbacks=[masking], max_epochs=1).fit(module, datamodule=Photos(concepts))
+        pipeline = str(tmp_path / str(number))
+        module.save_pretrained(pipeline)
+        unets.append(weights(DiffusionPipeline.from_pretrained(pipeline).unet))
+        assert masking.mask is not None
+        masks.append(masking.mask)
+    union = masks[0] | masks[1]
+    assert union.num_kept > max(mask.num_kept for mask in masks)
+    for name, tensor in unets[0].items():
+        assert torch.equal(unets[2][name][~union[name]], tensor[~union[name]])
+    both = Patch.between(unets[0], unets[1]).then(Patch.between(unets[1], unets[2]))
+    unet = stable_diffusion("1").unet
+    both.apply(unet)
+    assert same(weights(unet), unets[2])

@@ -102,10 +102,10 @@ def stable_diffusion(
 class Photos(ForgetRetainDataModule):
     """Six random images of three prompts."""
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, concepts: dict[str, str] | None = None, **kwargs: Any) -> None:
         draw = torch.Generator().manual_seed(0)
         images = torch.randint(0, 256, (6, 3, 16, 16), dtype=torch.uint8, generator=draw)
-        forget = ForgetConcepts({"dog": "cat"})
+        forget = ForgetConcepts(concepts or {"dog": "cat"})
         super().__init__(forget, ImageTensors(images, torch.arange(6) % 3), class_names=PROMPTS, batch_size=2, **kwargs)
 
 
