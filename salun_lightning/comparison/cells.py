@@ -9,7 +9,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from salun_lightning.comparison.forgetting import moved, save_images, write_thumbnails
+from salun_lightning.comparison.forgetting import moved, save_images, some, write_thumbnails
 from salun_lightning.comparison.observers import Passes
 from salun_lightning.comparison.plan import Cell
 from salun_lightning.evidence.gaps import METRICS
@@ -51,7 +51,7 @@ def run(cell: Cell) -> dict[str, Any]:
         cli.trainer.test(cli.model, datamodule=cli.datamodule, ckpt_path=tested, verbose=False, weights_only=True)
     )
     evaluation, predictions = (getattr(cli.model, name, None) for name in ("evaluation", "predictions"))
-    examples = getattr(evaluation, "examples", {})
+    examples = some(getattr(evaluation, "examples", {}), getattr(cli.datamodule, "forgotten_classes", []))
     save_images(examples, cell.samples)
     computed = {*METRICS, *(f"test/{name}/acc" for name in predictions.sets)} if predictions is not None else {}
     class_names = list(getattr(cli.datamodule, "class_names", []))
@@ -69,7 +69,7 @@ def run(cell: Cell) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if cli.trainer.strategy.root_device.type == "cuda" else "cpu",
         "features": getattr(evaluation, "description", None),
         "class_names": class_names,
-        "sampled_classes": [class_names[number] for number in sorted(examples)],
+        "sampled_classes": [class_names[number] for number in examples],
         "forgotten_classes": [class_names[number] for number in getattr(cli.datamodule, "forgotten_classes", [])],
     }
     if cell.original is not None:

@@ -2,7 +2,7 @@
 
 import base64
 import io
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from salun_lightning.weights import renamings, weights_of
 
 SHOWN = 8  # images that were forgotten most, and as many that were forgotten least
 _SIDE = 96  # pixels, of larger images
+_ROWS = 24  # of a picture of generated images
 
 
 def moved(module: nn.Module, original: Path) -> dict[str, float]:
@@ -67,18 +68,39 @@ def write_thumbnails(cell: Cell, datamodule: Any, predictions: Predictions | Non
     write_json(cell.thumbnails, content)
 
 
+def some(images: Mapping[int, Any], forgotten: Collection[int]) -> dict[int, Any]:
+    """What was generated of at most 24 conditions, in order: of more, half of them forgotten ones, evenly spread.
+
+    Args:
+        images: By condition.
+        forgotten: The conditions that are forgotten.
+    """
+    if len(images) <= _ROWS:
+        return dict(sorted(images.items()))
+    chosen = set[int]()
+    for group in (sorted(images.keys() & {*forgotten}), sorted(images.keys() - {*forgotten})):
+        chosen |= {group[number] for number in torch.linspace(0, len(group) - 1, _ROWS // 2).long().tolist() if group}
+    return {number: images[number] for number in sorted(chosen)}
+
+
 def save_images(images: Mapping[int, Mapping[int, Tensor]], path: Path) -> None:
     """Save a picture of generated images, if there are any: a row for each class, a pixel apart.
 
     Args:
-        images: uint8 (C, H, W), by class and number; equally many of each class.
+        images: uint8 (C, H, W), by class and number; a class of which there are fewer leaves places empty.
         path: Where to.
     """
     if images:
-        shown = [numbered[index] for _, numbered in sorted(images.items()) for index in sorted(numbered)]
-        grid = make_grid(torch.stack(shown), nrow=len(shown) // len(images), padding=1, pad_value=127)
+        rows = [[numbered[index] for index in sorted(numbered)] for numbered in images.values()]
+        width, empty = max(map(len, rows)), torch.full_like(rows[0][0], 127)
+        grid = make_grid(
+            torch.stack([image for row in rows for image in (*row, *[empty] * (width - len(row)))]),
+            nrow=width,
+            padding=1,
+            pad_value=127,
+        )
         path.parent.mkdir(parents=True, exist_ok=True)
-        to_pil_image(grid[:1] if len(shown[0]) == 1 else grid).save(path)  # it makes grey images coloured
+        to_pil_image(grid[:1] if len(rows[0][0]) == 1 else grid).save(path)  # it makes grey images coloured
 
 
 def _png(image: Tensor) -> str:

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from salun_lightning.comparison.forgetting import SHOWN, moved, write_thumbnails
+from salun_lightning.comparison.forgetting import SHOWN, moved, save_images, some, write_thumbnails
 from salun_lightning.comparison.plan import Cell
 from salun_lightning.data import ForgetIndices
 from salun_lightning.evidence.predictions import PredictedSet, Predictions
@@ -67,3 +67,21 @@ def test_how_far_the_weights_moved(tmp_path: Path) -> None:
         module["network"][1].running_mean += 1  # which is not a weight
     found = moved(module, tmp_path / "original.ckpt")
     assert found == {"0.weight": pytest.approx(5 / before, rel=1e-5), "0.bias": 0, "1.weight": 0, "1.bias": 0}
+
+
+def test_a_picture_has_a_row_for_each_class_though_some_have_fewer_images(tmp_path: Path) -> None:
+    """And of many classes a few, the forgotten ones among them."""
+    images = {n: {i: torch.full((1, 2, 3), 10 * n + i, dtype=torch.uint8) for i in range(3 if n < 2 else 1)} for n in range(3)}
+    save_images(images, tmp_path / "samples.png")
+    with Image.open(tmp_path / "samples.png") as picture:
+        grid = np.asarray(picture)
+    assert grid.shape == (3 * 3 + 1, 3 * 4 + 1)
+    assert grid[1::3, 1::4].tolist() == [[0, 1, 2], [10, 11, 12], [20, 127, 127]]
+    assert some(images, [0]) == images
+    many = dict.fromkeys(reversed(range(220)), 0)
+    chosen = [*some(many, range(100, 140))]
+    assert chosen == sorted(chosen)
+    assert len(chosen) == len(set(chosen)) == 24
+    assert [number for number in chosen if 100 <= number < 140][::11] == [100, 139]
+    assert {0, 219} < {*chosen}
+    assert len(some(many, [])) == 12
