@@ -49,7 +49,7 @@ def test_a_class_is_forgotten_and_the_others_are_not(
     name: str, original: Path, retrained: dict[str, float], tmp_path: Path
 ) -> None:
     metrics = measured(name, tmp_path, f"--model.original={original}")
-    assert metrics["UA"] > 90
+    assert metrics["UA"] > 80  # three standard deviations below the mean of the weakest, gradient ascent, in docs/results.md
     assert metrics["RA"] > retrained["RA"] - 100 / (CLASSES - 1)  # less is lost than one more class
 
 
@@ -77,7 +77,12 @@ def test_what_was_found_is_of_the_space_and_of_other_seeds_than_those_of_compari
     assert pilot is not None
     task = path.relative_to(SHIPPED).parts[0]
     comparisons = [yaml.safe_load(file.read_text()) for file in SHIPPED.glob("compare/*.yaml")]
-    others = [content["seeds"] for content in comparisons if task in str(content.get("task", task))]
+    tasks = [content.get("task", task) for content in comparisons]
+    others = [
+        content["seeds"]
+        for content, of in zip(comparisons, tasks, strict=True)
+        if task in ([of] if isinstance(of, str) else of)
+    ]
     assert not {*map(int, pilot[1].split())} & {seed for seeds in others for seed in seeds}
 
 

@@ -170,7 +170,7 @@ def test_halves_of_guidance_give_the_mask_of_one_batch(precision: Any, tmp_path:
     halves = mask()
     monkeypatch.setattr("salun_lightning.modules.diffusion.with_guidance", both_at_once)
     whole = mask()
-    assert halves.iou(whole) == 1 if precision == "64-true" else halves.iou(whole) > 0.9
+    assert halves.iou(whole) > (0.999 if precision == "64-true" else 0.9)  # of equal scores another may be chosen
 
 
 def test_the_gradient_of_guidance_reaches_both_branches() -> None:
