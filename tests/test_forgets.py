@@ -49,7 +49,8 @@ def test_a_class_is_forgotten_and_the_others_are_not(
     name: str, original: Path, retrained: dict[str, float], tmp_path: Path
 ) -> None:
     metrics = measured(name, tmp_path, f"--model.original={original}")
-    assert metrics["UA"] > 80  # three standard deviations below the mean of the weakest, gradient ascent, in docs/results.md
+    # gradient ascent, the weakest, has 94.95 with a standard deviation of 4.57 over three seeds (docs/results.md)
+    assert metrics["UA"] > (80 if name == "gradient_ascent" else 90)
     assert metrics["RA"] > retrained["RA"] - 100 / (CLASSES - 1)  # less is lost than one more class
 
 

@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from salun_lightning.files import write_json
 from salun_lightning.networks.pipeline import reason, silent_diffusers
+from salun_lightning.networks.text_to_image import need_transformers
 
 
 class ClipScore(Callback):
@@ -80,12 +81,9 @@ class ClipScore(Callback):
 
 
 def _read(model: str) -> tuple[Any, Any]:
-    try:
-        from transformers import CLIPModel, CLIPProcessor
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "A CLIP score needs transformers. Install it: pip install 'salun_lightning[text]'."
-        ) from error
+    need_transformers("A CLIP score needs")
+    from transformers import CLIPModel, CLIPProcessor
+
     try:
         with silent_diffusers():
             read = CLIPModel.from_pretrained(model, use_safetensors=True), CLIPProcessor.from_pretrained(model)

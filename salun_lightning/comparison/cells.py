@@ -51,7 +51,8 @@ def run(cell: Cell) -> dict[str, Any]:
         cli.trainer.test(cli.model, datamodule=cli.datamodule, ckpt_path=tested, verbose=False, weights_only=True)
     )
     evaluation, predictions = (getattr(cli.model, name, None) for name in ("evaluation", "predictions"))
-    examples = some(getattr(evaluation, "examples", {}), getattr(cli.datamodule, "forgotten_classes", []))
+    forgotten_classes = getattr(cli.datamodule, "forgotten_classes", [])
+    examples = some(getattr(evaluation, "examples", {}), forgotten_classes)
     save_images(examples, cell.samples)
     computed = {*METRICS, *(f"test/{name}/acc" for name in predictions.sets)} if predictions is not None else {}
     class_names = list(getattr(cli.datamodule, "class_names", []))
@@ -70,7 +71,7 @@ def run(cell: Cell) -> dict[str, Any]:
         "features": getattr(evaluation, "description", None),
         "class_names": class_names,
         "sampled_classes": [class_names[number] for number in examples],
-        "forgotten_classes": [class_names[number] for number in getattr(cli.datamodule, "forgotten_classes", [])],
+        "forgotten_classes": [class_names[number] for number in forgotten_classes],
     }
     if cell.original is not None:
         result["moved"] = moved(cli.model, cell.original.checkpoint)

@@ -34,9 +34,8 @@ class DigitsDataModule(ForgetRetainDataModule):
 class DigitPromptsDataModule(ForgetRetainDataModule):
     """The same digits with prompts: one in the middle of 8 x 16 pixels ("a seven"), or two ("a seven beside an eight").
 
-    Half of the prompts end with "in ink": a digit's word has the same place in both, which helps where the text encoder is not
-    trained. Each single digit is there once with either. Pairs are drawn: two digits and an image of each, of training images
-    alone or of test images alone.
+    Half of the prompts end with "in ink", so a digit's word has the same place in both. Each single digit is there once with
+    either. Pairs are drawn: two digits and an image of each, of training images alone or of test images alone.
 
     ``contents`` says which digit a prompt asks for in each of the ``parts`` of the image, and -1 where none is.
 

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -49,13 +50,19 @@ class LatentCache:
 
 def keys(images: Tensor) -> list[str]:
     """A name for each image (B, C, H, W), of 128 bits that its pixels and their places make."""
-    bits, draw = bits_of(images.contiguous()).flatten(1).long(), torch.Generator().manual_seed(0)
-    sums = []
-    for _ in range(2):
-        factors = torch.randint(-(2**63), 2**63 - 1, (bits.shape[1],), generator=draw).to(bits.device)
-        sums.append([f"{number % 2**64:016x}" for number in (bits * factors).sum(1).tolist()])
+    bits = bits_of(images.contiguous()).flatten(1).long()
+    sums = [
+        [f"{number % 2**64:016x}" for number in (bits * factors).sum(1).tolist()]
+        for factors in _factors(bits.shape[1], bits.device)
+    ]
     shape = "x".join(map(str, images.shape[1:]))
     return [f"{shape}-{first}{second}" for first, second in zip(*sums, strict=True)]
+
+
+@lru_cache(maxsize=2)  # each batch asks for the same ones, as large as images
+def _factors(count: int, device: torch.device) -> Tensor:
+    draw = torch.Generator().manual_seed(0)
+    return torch.randint(-(2**63), 2**63 - 1, (2, count), generator=draw).to(device)
 
 
 def _read(path: Path) -> Tensor:

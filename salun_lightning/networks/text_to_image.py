@@ -38,7 +38,7 @@ def text_to_image(source: "str | os.PathLike[str] | DiffusionPipeline") -> "Diff
         ModuleNotFoundError: transformers is not installed.
         ValueError: It is no such pipeline, or cannot be read.
     """
-    _need_transformers()
+    need_transformers("Text-to-image pipelines need")
     import diffusers
 
     if isinstance(source, diffusers.DiffusionPipeline):
@@ -90,13 +90,19 @@ def _check_parts(name: str, kind: str, parts: Mapping[str, str]) -> None:
         )
 
 
-def _need_transformers() -> None:
+def need_transformers(what: str) -> None:
+    """Refuse to go on without transformers.
+
+    Args:
+        what: What needs it, as a sentence begins.
+
+    Raises:
+        ModuleNotFoundError: It is not installed.
+    """
     try:
         import transformers  # noqa: F401
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "Text-to-image pipelines need transformers. Install it: pip install 'salun_lightning[text]'."
-        ) from error
+        raise ModuleNotFoundError(f"{what} transformers. Install it: pip install 'salun_lightning[text]'.") from error
 
 
 def embed(pipeline: Any, prompts: Sequence[str], device: torch.device) -> Embedded:
@@ -171,7 +177,7 @@ def small_text_to_image(
     Raises:
         ModuleNotFoundError: transformers is not installed.
     """
-    _need_transformers()
+    need_transformers("Text-to-image pipelines need")
     from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
