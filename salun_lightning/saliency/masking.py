@@ -52,7 +52,7 @@ class SaliencyMasking(Callback):
     measured.
 
     Args:
-        ratio: The fraction of all covered weights that may move, from 0 (none) to 1 (all).
+        ratio: The fraction of all covered weights that may move, from 0 (none) to 1 (all). These two need no saliency pass.
         mask: In place of ``ratio``: a mask, or a file that ``SaliencyMask.load`` reads.
         score: How salience is measured, see ``saliency_scores``.
         freeze_buffers: Whether buffers, such as the running statistics of BatchNorm, are put back after every batch. They are

@@ -56,8 +56,9 @@ class MaskSource:
         }
         if self.ratio is not None:
             batches = forget_batches(trainer)
-            scores = saliency_scores(module, batches, self.score, seed=self.seed, strategy=trainer.strategy, weights=weights)
-            if self.score in {"gradient", "fisher"}:  # others are zero where a weight is
+            score: Score = self.score if 0 < self.ratio < 1 else "random"  # none is chosen, or all: nothing need be measured
+            scores = saliency_scores(module, batches, score, seed=self.seed, strategy=trainer.strategy, weights=weights)
+            if score in {"gradient", "fisher"}:  # others are zero where a weight is
                 _warn_of_silent(scores)
             return SaliencyMask.from_scores(scores, self.ratio, {"score": self._score_name, **made_from})
         mask = self._ready_mask(weights)

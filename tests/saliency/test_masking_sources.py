@@ -303,6 +303,20 @@ def test_resuming_with_another_mask_is_refused(arguments, message, tmp_path):
         fit(Plain(), SaliencyMasking(**arguments), ckpt_path=first.path, max_epochs=2)
 
 
+@pytest.mark.parametrize("ratio", [0, 1])
+def test_a_mask_that_leaves_no_choice_measures_nothing(ratio, monkeypatch):
+    def measured(_: Any) -> None:
+        raise AssertionError("the forget set was looked at")
+
+    monkeypatch.setattr(ForgetData, "forget_dataloader", measured)
+    callback = SaliencyMasking(ratio)
+    quiet_trainer(callback).fit(Plain(), ForgetData())
+    assert callback.mask.num_kept == ratio * callback.mask.num_weights
+    assert callback.mask.metadata["score"] == "gradient"
+    with pytest.raises(AssertionError, match="the forget set was looked at"):
+        quiet_trainer(SaliencyMasking(0.5)).fit(Plain(), ForgetData())
+
+
 @without_its_callbacks
 def test_a_random_mask_of_another_seed_is_refused(tmp_path):
     first = Saved(tmp_path, ratio=0.3, score="random", seed=1)
