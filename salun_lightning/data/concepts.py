@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 from typing_extensions import override
 
@@ -16,7 +17,6 @@ from salun_lightning.data.drawn import TABLE, DrawnImages
 from salun_lightning.data.forget import mentions
 from salun_lightning.data.images import check_images, read_image
 
-_TYPES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 IMAGENETTE = {  # the folders of Imagenette, what they show, and the class of ImageNet
     "n01440764": ("tench", 0),
     "n02102040": ("English springer", 217),
@@ -127,7 +127,7 @@ class ConceptDataModule(ForgetRetainDataModule):
         others = {"test", "val"} if folder == self.root else set()
         folders = [part for part in folder.iterdir() if part.is_dir() and not part.name.startswith(".")]
         for shown in sorted(part for part in folders if part.name not in others):
-            files = sorted(path for path in shown.iterdir() if path.suffix.lower() in _TYPES and not path.name.startswith("."))
+            files = sorted(path for path in shown.iterdir() if path.suffix.lower() in IMG_EXTENSIONS and not path.name.startswith("."))
             if not files:
                 raise ValueError(f"There is no image in '{shown}'. Put images there, or remove the folder.")
             found += [(path, self.prompt.format(self.names.get(shown.name, shown.name))) for path in files]

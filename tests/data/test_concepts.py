@@ -131,6 +131,15 @@ def test_a_table_that_is_wrong(rows: Any, header: Any, message: str, tmp_path: P
         ready(table(tmp_path, rows, header))
 
 
+def test_the_types_of_image_files_that_torchvision_reads(tmp_path: Path) -> None:
+    for number, suffix in enumerate([".tif", ".ppm", ".webp"]):
+        picture(tmp_path / "a church" / f"{number}{suffix}", number)
+    for number, suffix in enumerate([".png", ".bmp", ".tiff"]):
+        picture(tmp_path / "a golf ball" / f"{number}{suffix}", number)
+    data = ready(tmp_path, prompt="{}")
+    assert [len(part) for part in (data.forget_indices, data.retain_indices)] == [3, 3]
+
+
 def test_folders_that_are_wrong(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="There is no image in"):
         ready(tmp_path)
