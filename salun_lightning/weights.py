@@ -123,6 +123,11 @@ def local_of(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def whole_of(tensor: Tensor) -> Tensor:
+    """A tensor; a sharded one put together."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def laid_like(tensor: Tensor, other: Tensor) -> Tensor:
     """A whole tensor, which each rank has, on the device of another and, if that is sharded, in shards like it."""
     tensor = tensor.to(other.device)
@@ -150,6 +155,6 @@ def fingerprint(parts: Iterable[tuple[str, Tensor]]) -> str:
     """
     digest = hashlib.sha256()
     for name, tensor in parts:
-        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        whole = whole_of(tensor)
         digest.update(json.dumps([name, list(whole.shape), int(bits_of(whole).sum(dtype=torch.int64))]).encode())
     return digest.hexdigest()[:16]

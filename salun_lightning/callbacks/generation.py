@@ -248,4 +248,7 @@ def _forgotten(trainer: Trainer) -> list[int]:
 
 
 def _retained(trainer: Trainer, targets: Tensor) -> Tensor:
-    return ~torch.isin(targets, torch.tensor(_forgotten(trainer), dtype=torch.int64, device=targets.device))
+    """Which are retained, and have images that they can be compared with."""
+    forgotten, data = _forgotten(trainer), trainer.datamodule  # type: ignore[attr-defined]
+    retained = [n for n in getattr(data, "trained_classes", range(len(_names(trainer)))) if n not in forgotten]
+    return torch.isin(targets, torch.tensor(retained, dtype=torch.int64, device=targets.device))

@@ -15,14 +15,15 @@ from typing_extensions import override
 from salun_lightning.files import replace_folder, set_aside
 
 _FIELDS = {"image", "target", "index"}
+_LONGEST = 50  # characters, of up to 4 bytes; file systems take names of 255 bytes
 
 
 class ImageWriter(Callback):
     """Writes generated images into the folder ``images`` of the run folder, and a grid of each class.
 
-    ``images/3-cat/00007.png`` is image 7 of class 3, ``images/3-cat.png`` the grid. Images of an earlier run are replaced when
-    all are written; a folder ``images`` that holds anything else is set aside. What a module of another kind predicts is left
-    alone.
+    ``images/3-cat/00007.png`` is image 7 of class 3, ``images/3-cat.png`` the grid. Of a long name, such as a prompt, the
+    beginning is there. Images of an earlier run are replaced when all are written; a folder ``images`` that holds anything else
+    is set aside. What a module of another kind predicts is left alone.
     """
 
     def __init__(self) -> None:
@@ -31,7 +32,8 @@ class ImageWriter(Callback):
 
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._names = [re.sub(r"[^\w.-]+", "_", name) for name in getattr(trainer.datamodule, "class_names", [])]  # type: ignore[attr-defined]
+        names: list[str] = getattr(trainer.datamodule, "class_names", [])  # type: ignore[attr-defined]
+        self._names = [re.sub(r"[^\w.-]+", "_", name)[:_LONGEST] for name in names]
         if trainer.is_global_zero:
             shutil.rmtree(_unfinished(trainer), ignore_errors=True)
         trainer.strategy.barrier("images")

@@ -2,18 +2,18 @@
 
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
 
 class Passes(Callback):
     """Counts what a training costs in passes of one sample through a network, whatever else the machine does.
 
-    A forward pass counts 1, and a backward pass as twice that, because it computes the gradients of what goes in and of the
-    weights. Counted are the trained network and the original model beside it, in training steps and in the saliency pass; not
-    validation. The count goes on when a run is resumed.
+    A forward pass counts 1, and each backward pass through it 2, because it computes the gradients of what goes in and of the
+    weights; 1 where no weight has a gradient, as when images are moved. Counted are the trained network and the original model
+    beside it, in training steps and in the saliency pass; not validation. The count goes on when a run is resumed.
     """
 
     def __init__(self) -> None:
@@ -42,8 +42,14 @@ class Passes(Callback):
 
     def _count(self, network: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         samples = next((len(value) for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim), 0)
-        backward = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in network.parameters())
-        self.number += samples * (3 if backward else 1)
+        self.number += samples
+        answers = [value for value in tree_leaves(output) if isinstance(value, Tensor) and value.requires_grad]
+        if answers:
+            each = 2 if any(parameter.requires_grad for parameter in network.parameters()) else 1
+            answers[0].register_hook(lambda _: self._add(samples * each))
+
+    def _add(self, number: int) -> None:
+        self.number += number
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -95,7 +95,10 @@ def gaps_by_case(results: Results, table: Table) -> tuple[list[str], list[list[s
     """
     by_case = {case: summarise(measured, table) for case, measured in _each_case(results).items() if table.gap}
     names = list(dict.fromkeys(row for summary in by_case.values() for row in summary))
-    rows = [[name, *(_gap_and_mark(summary.get(name, {}), name, table) for summary in by_case.values())] for name in names]
+    rows = [
+        [_marked(name, results, table), *(_gap_and_mark(summary.get(name, {}), name, table) for summary in by_case.values())]
+        for name in names
+    ]
     return [*by_case], rows
 
 

@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from salun_lightning.data.datamodule import ForgetRetainDataModule, Sources
 from salun_lightning.data.drawn import TABLE, DrawnImages
-from salun_lightning.data.forget import mentions
+from salun_lightning.data.forget import named
 from salun_lightning.data.images import check_images, read_image
 
 IMAGENETTE = {  # the folders of Imagenette, what they show, and the class of ImageNet
@@ -48,7 +48,8 @@ class ConceptDataModule(ForgetRetainDataModule):
             Imagenette are known.
         image_size: Height and width of the images, of which the VAE makes latents.
         drawn: Images that are drawn first, by a pipeline, into ``root``.
-        further: Prompts without images, which are evaluated: neighbours of a concept, say.
+        further: Prompts without images, which are evaluated alone: neighbours of a concept, say. No method is told of them, and
+            no distance of distributions counts them.
         classes: By a word or words that a prompt may name, the class of a classifier. Those of Imagenette are known: the
             classes of ImageNet.
         check_images: Whether files that cannot be read are found before training.
@@ -127,7 +128,9 @@ class ConceptDataModule(ForgetRetainDataModule):
         others = {"test", "val"} if folder == self.root else set()
         folders = [part for part in folder.iterdir() if part.is_dir() and not part.name.startswith(".")]
         for shown in sorted(part for part in folders if part.name not in others):
-            files = sorted(path for path in shown.iterdir() if path.suffix.lower() in IMG_EXTENSIONS and not path.name.startswith("."))
+            files = sorted(
+                path for path in shown.iterdir() if path.suffix.lower() in IMG_EXTENSIONS and not path.name.startswith(".")
+            )
             if not files:
                 raise ValueError(f"There is no image in '{shown}'. Put images there, or remove the folder.")
             found += [(path, self.prompt.format(self.names.get(shown.name, shown.name))) for path in files]
@@ -136,7 +139,7 @@ class ConceptDataModule(ForgetRetainDataModule):
     def _contents(self, prompts: Sequence[str]) -> Tensor:
         """The class that each prompt asks for, (prompts, 1); -1 where it names none, or more than one."""
         classes = dict(IMAGENETTE.values()) if self.classes is None else self.classes
-        asked = [{number for word, number in classes.items() if mentions(prompt, word)} for prompt in prompts]
+        asked = [{classes[word] for word in named(prompt, classes)} for prompt in prompts]
         return torch.tensor([[next(iter(one)) if len(one) == 1 else -1] for one in asked]).view(-1, 1)
 
 

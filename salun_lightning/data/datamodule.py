@@ -44,8 +44,7 @@ class ForgetRetainDataModule(LightningDataModule):
         forget: What is to be forgotten; by default the images that ``wrong_labels`` labels wrong.
         train: Map-style dataset of (image, class) pairs, longer tuples or dictionaries, or :class:`ImageTensors`.
         test: Likewise, for testing. Without it, ``test`` leaves out what needs a test set.
-        targets: The classes of ``train`` and ``test``. Needed only if they cannot be read without loading the images. (They are
-            looked for in ``targets``, ``labels`` and columns, also inside ``Subset``, ``ConcatDataset`` and ``TensorDataset``.)
+        targets: The classes of ``train`` and ``test``, if ``targets_of`` cannot read them without loading the images.
         class_names: Names of the classes; their numbers by default.
         train_transform: Augments training images: whole uint8 batches of :class:`ImageTensors`, else one image at a time.
         eval_transform: Prepares images for evaluation and for the saliency pass, likewise.
@@ -67,7 +66,7 @@ class ForgetRetainDataModule(LightningDataModule):
     retain_indices: Tensor
     """Positions of either set in the training data, ascending int64; after ``setup``."""
     forgotten_classes: list[int]
-    """The classes that are forgotten whole; after ``setup``."""
+    """The classes that are forgotten whole; after ``setup``. ``trained_classes`` are those that have training images at all."""
 
     def __init__(
         self,
@@ -129,7 +128,8 @@ class ForgetRetainDataModule(LightningDataModule):
         self._train, self._train_targets = train, split.targets
         self.forget_indices, self.retain_indices = split.forget, split.retain
         self.forgotten_classes = [] if self.forget is None else self.forget.classes(self.class_names)
-        self.anchors: dict[int, str] = {} if self.forget is None else self.forget.anchors(self.class_names)
+        self.trained_classes: list[int] = self._train_targets.unique().tolist()
+        self.anchors = _anchors(self.forget, self.class_names, self.trained_classes)
         gone = torch.isin(test_targets, torch.tensor(self.forgotten_classes))
         self._sets = {
             "forget": (train, self._train_targets, self.forget_indices),
@@ -230,6 +230,12 @@ class ForgetRetainDataModule(LightningDataModule):
 
     def _loader(self, batches: SampleBatches, sampler: TrainingOrder | FixedOrder) -> DataLoader[Any]:
         return loader_of(batches, sampler, self.num_workers, self.trainer.strategy.root_device if self.trainer else None)
+
+
+def _anchors(forget: ForgetRequest | None, names: list[str], trained: list[int]) -> dict[int, str]:
+    """What is to stand in the place of the classes that are trained on."""
+    known = {} if forget is None else forget.anchors(names)
+    return {number: anchor for number, anchor in known.items() if number in trained}
 
 
 def _check_numbers(batch_size: int, num_workers: int, augment_epochs: int | None) -> None:

@@ -105,15 +105,17 @@ class ForgetConcepts(ForgetRequest):
     """
 
     def __init__(self, concepts: dict[str, str]) -> None:
-        if not concepts or not all(concept.strip() for concept in concepts):
+        self.concepts = {concept.strip(): anchor for concept, anchor in concepts.items()}
+        if not all(self.concepts) or not self.concepts:
             raise ValueError("No concept is named. Give some with their anchors, such as {church: field}.")
-        for concept, anchor in concepts.items():
-            named = next((other for other in concepts if mentions(anchor, other)), None)
+        if len({concept.casefold() for concept in self.concepts}) < len(concepts):
+            raise ValueError(f"A concept is named twice: {', '.join(concepts)}. Give it once, with one anchor.")
+        for concept, anchor in self.concepts.items():
+            named = next((other for other in self.concepts if mentions(anchor, other)), None)
             if named is not None:
                 raise ValueError(
                     f"The anchor '{anchor}' of '{concept}' names '{named}', which is to be forgotten. Give another."
                 )
-        self.concepts = {concept.strip(): anchor for concept, anchor in concepts.items()}
 
     @override
     def classes(self, class_names: Sequence[str]) -> list[int]:
@@ -127,15 +129,21 @@ class ForgetConcepts(ForgetRequest):
 
     @override
     def anchors(self, class_names: Sequence[str]) -> dict[int, str]:
-        return {number: self.replaced(class_names[number])[0] for number in self.classes(class_names)}
+        anchors = {number: self.replaced(class_names[number])[0] for number in self.classes(class_names)}
+        for number, anchor in anchors.items():
+            for concept in named(anchor, self.concepts):
+                raise ValueError(
+                    f"With anchors '{class_names[number]}' becomes '{anchor}', which names '{concept}'. Give other anchors."
+                )
+        return anchors
 
     def replaced(self, prompt: str) -> tuple[str, list["Place"]]:
         """A prompt with anchors in the place of its concepts, and where these are."""
         longest_first = sorted(self.concepts, key=len, reverse=True)
-        anchors = {concept.lower(): anchor for concept, anchor in self.concepts.items()}
+        pattern = "|".join(f"({_whole_words(concept)})" for concept in longest_first)
         made, done, places = "", 0, []
-        for found in re.finditer("|".join(map(_whole_words, longest_first)), prompt, flags=re.IGNORECASE):
-            made += prompt[done : found.start()] + anchors[found.group().lower()]
+        for found in re.finditer(pattern, prompt, flags=re.IGNORECASE):
+            made += prompt[done : found.start()] + self.concepts[longest_first[(found.lastindex or 0) - 1]]
             done = found.end()
             places.append(Place(found.start(), done, len(made)))
         return made + prompt[done:], places
@@ -152,6 +160,16 @@ def _whole_words(phrase: str) -> str:
 def mentions(prompt: str, words: str) -> bool:
     """Whether a prompt has these words, as whole words and whatever their case."""
     return re.search(_whole_words(words), prompt, flags=re.IGNORECASE) is not None
+
+
+def named(prompt: str, words: Iterable[str]) -> list[str]:
+    """Which of these words a prompt has, where they are not part of longer ones among them, such as "church organ"."""
+    found = []
+    for word in sorted(words, key=len, reverse=True):
+        if mentions(prompt, word):
+            found.append(word)
+            prompt = re.sub(_whole_words(word), "", prompt, flags=re.IGNORECASE)
+    return found
 
 
 class ForgetRandom(ForgetRequest):

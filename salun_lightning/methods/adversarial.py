@@ -18,8 +18,11 @@ def fgsm(predict: Predict, images: Tensor, targets: Tensor, step: float) -> Tens
         images: The images, in [0, 1], as the result is.
         targets: Their classes.
         step: How far each pixel is moved.
+
+    Raises:
+        ValueError: The images do not lie in [0, 1].
     """
-    return (images + step * _ascent(predict, images, targets).sign()).clamp(0, 1)
+    return (_checked(images) + step * _ascent(predict, images, targets).sign()).clamp(0, 1)
 
 
 def pgd(predict: Predict, images: Tensor, targets: Tensor, radius: Tensor, steps: int = 50) -> Tensor:
@@ -33,10 +36,13 @@ def pgd(predict: Predict, images: Tensor, targets: Tensor, radius: Tensor, steps
         targets: Their classes.
         radius: The radius of the ball of each image, (B,).
         steps: How many steps.
+
+    Raises:
+        ValueError: The images do not lie in [0, 1].
     """
     each = (-1, *[1] * (images.ndim - 1))
     radius = radius.view(each)
-    moved = images
+    moved = _checked(images)
     for _ in range(steps):
         ascent = _ascent(predict, moved, targets)
         largest = ascent.abs().flatten(1).amax(1).view(each)
@@ -44,6 +50,16 @@ def pgd(predict: Predict, images: Tensor, targets: Tensor, radius: Tensor, steps
         change = moved + 0.1 * radius * ascent / _length(ascent, each) - images
         moved = (images + change * (radius / _length(change, each)).clamp(max=1)).clamp(0, 1)
     return moved
+
+
+def _checked(images: Tensor) -> Tensor:
+    """Images in [0, 1]: others would not stay where they are."""
+    if images.numel() and (images.min() < 0 or images.max() > 1):
+        raise ValueError(
+            "Adversarial images lie in [0, 1], but these are normalised: they go from"
+            f" {images.min():.2f} to {images.max():.2f}. Normalise in the network, with salun_lightning.networks.Normalize."
+        )
+    return images
 
 
 def _ascent(predict: Predict, images: Tensor, targets: Tensor) -> Tensor:

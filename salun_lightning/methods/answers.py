@@ -3,16 +3,31 @@
 from typing import TYPE_CHECKING, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from salun_lightning.evidence.measures import right
 from salun_lightning.methods.base import on_device
+from salun_lightning.networks.head import head_of
 from salun_lightning.saliency.rehearsal import undisturbed
 
 if TYPE_CHECKING:
     from salun_lightning.modules.base import UnlearningModule
     from salun_lightning.modules.classifier import ImageClassifier
+
+
+def classification_head(module: "UnlearningModule") -> tuple[str, nn.Linear]:
+    """The layer that makes the logits of a classifier, and its plain name; see ``head_of``.
+
+    Args:
+        module: The module that is trained.
+
+    Raises:
+        ValueError: There is none.
+    """
+    with undisturbed(module), module.trainer.strategy.precision_plugin.forward_context():
+        (probe,) = on_device(module, [module.datamodule.probe()])
+        return head_of(module.network, probe.inputs)
 
 
 def divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from typing_extensions import override
 
-from salun_lightning.data import Order, Samples, joined, run_seed
+from salun_lightning.data import Order, Samples, epoch_seed, joined, run_seed
 from salun_lightning.methods.answers import divergence
 from salun_lightning.methods.base import Kind, Method
 
@@ -55,7 +55,9 @@ class BadTeacher(Method):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         reference = cast("UnlearningModule", pl_module).reference
-        fresh = with_fresh_weights(reference, run_seed() if self.seed is None else self.seed)
+        # other numbers than the original began with, which may come of the same seed
+        seed = epoch_seed(run_seed(), -1, 0) if self.seed is None else self.seed
+        fresh = with_fresh_weights(reference, seed)
         self._incompetent = fresh.to(pl_module.device)
 
     @override

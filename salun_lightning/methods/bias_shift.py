@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from salun_lightning.methods.answers import classification_head
 from salun_lightning.methods.base import Kind
 from salun_lightning.methods.one_shot import OneShot
 from salun_lightning.methods.whole_classes import forgotten_classes
-from salun_lightning.networks.head import head_of
 from salun_lightning.weights import weights_of
 
 if TYPE_CHECKING:
@@ -41,12 +41,12 @@ class BiasShift(OneShot):
     @override
     def edit(self, module: "UnlearningModule") -> dict[str, Tensor]:
         classes = forgotten_classes(self, module)
-        layer, head = head_of(module.network)
+        layer, head = classification_head(module)
         names = {weight: name for name, weight in weights_of(module).items()}
         if head.bias is None or head.bias not in names:
             raise ValueError(
-                f"The last linear layer '{layer}' has no bias that is trained, so BiasShift has nothing to edit. Choose another"
-                " method or network."
+                f"The classification head '{layer}' has no bias that is trained, so BiasShift has nothing to edit. Choose"
+                " another method or network."
             )
         edit = torch.zeros_like(head.bias)
         edit[classes] = -self.shift

@@ -12,8 +12,8 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from salun_lightning.data import Order, Samples, run_seed
+from salun_lightning.methods.answers import classification_head
 from salun_lightning.methods.base import Kind, Method, part
-from salun_lightning.networks.head import head_of
 
 if TYPE_CHECKING:
     from salun_lightning.modules.base import UnlearningModule
@@ -48,7 +48,7 @@ class BoundaryExpanding(Method):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # before optimizers are restored
-        head = head_of(cast("UnlearningModule", pl_module).network)[1]
+        head = classification_head(cast("UnlearningModule", pl_module))[1]
         with isolate_rng():
             torch.manual_seed(run_seed())
             extra = nn.Linear(head.in_features, 1, bias=head.bias is not None)
@@ -75,7 +75,7 @@ class BoundaryExpanding(Method):
     def loss(self, module: "UnlearningModule", batch: Mapping[str, Samples]) -> Tensor:
         forget, self._features = part(batch, "forget", self), None
         logits, features = cast("ImageClassifier", module).logits(forget.inputs), self._features
-        if features is None or features.ndim != 2 or logits.shape[1] != head_of(module.network)[1].out_features:
+        if features is None or features.ndim != 2:
             raise ValueError(_NO_HEAD)
         assert self._extra is not None
         wider = torch.cat([logits, self._extra(features)], dim=1)

@@ -23,4 +23,4 @@ class GradientAscent(Method):
 
     @override
     def loss(self, module: "UnlearningModule", batch: Mapping[str, Samples]) -> Tensor:
-        return -module.task_loss(part(batch, "forget", self))
+        return -module.unlearned_loss(part(batch, "forget", self))

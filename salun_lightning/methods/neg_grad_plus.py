@@ -29,5 +29,5 @@ class NegGradPlus(Method):
 
     @override
     def loss(self, module: "UnlearningModule", batch: Mapping[str, Samples]) -> Tensor:
-        retain, forget = module.task_loss(part(batch, "retain", self)), module.task_loss(part(batch, "forget", self))
+        retain, forget = module.task_loss(part(batch, "retain", self)), module.unlearned_loss(part(batch, "forget", self))
         return self.alpha * retain - (1 - self.alpha) * forget

@@ -26,8 +26,8 @@ class RandomLabel(Method):
         redraw: Draw new labels each epoch, as released for CIFAR-10; else once.
         seed: Seed of the labels; by default that of the run.
         order: As released, each epoch goes through the forget set first and then through the retain set (``sequential``), which
-            may undo what came before. With ``paired`` or ``mixed`` both are in one batch and count by their size, as in the
-            formula.
+            may undo what came before. With ``paired`` both are in one batch, and the smaller set is repeated. With ``mixed``
+            each image counts once, so that the two terms count by the sizes of their sets.
 
     Raises:
         ValueError: There is only one class, so there is no wrong label.

@@ -95,7 +95,7 @@ class Scissorhands(Method):
 
     @override
     def loss(self, module: "UnlearningModule", batch: Mapping[str, Samples]) -> Tensor:
-        retain, forget = module.task_loss(part(batch, "retain", self)), module.task_loss(part(batch, "forget", self))
+        retain, forget = module.task_loss(part(batch, "retain", self)), module.unlearned_loss(part(batch, "forget", self))
         return retain - self.forget_weight * forget
 
     @override

@@ -13,7 +13,7 @@ from salun_lightning.data import Order, Samples
 from salun_lightning.methods.base import Kind, Method, part
 from salun_lightning.methods.drawn import drawn_by_original, in_batches
 from salun_lightning.saliency import gradient_sums
-from salun_lightning.weights import plain_name
+from salun_lightning.weights import laid_like, local_of, plain_name
 
 if TYPE_CHECKING:
     from salun_lightning.modules.base import UnlearningModule
@@ -29,10 +29,10 @@ class SelectiveAmnesia(Method):
 
     Images of noise stand for the forgotten class, images that the original model draws for the retained ones. :math:`F` is the
     diagonal Fisher information of the original model: the square of the gradient of the loss of one image, averaged over drawn
-    images of all classes. All losses are means over elements here, and that of one image also over ``timesteps`` noise levels.
-    (The released code sums over elements and over all 1,000 timesteps, so its lambda of 10 is far larger in these units.) Both
-    are computed anew whenever training starts or is resumed, from the same random numbers: as a part of every checkpoint,
-    :math:`F` would make it larger by the size of the network, and by shards of it where the network is sharded.
+    images of all classes that are trained on. All losses are means over elements here, and that of one image also over
+    ``timesteps`` noise levels. (The released code sums over elements and over all 1,000 timesteps, so its lambda of 10 is far
+    larger in these units.) Both are computed anew whenever training starts or is resumed, from the same random numbers: as a
+    part of every checkpoint, :math:`F` would make it larger by the size of the network.
 
     Args:
         fisher_weight: :math:`\lambda`.
@@ -63,7 +63,7 @@ class SelectiveAmnesia(Method):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         model = cast("Diffusion", pl_module)
-        drawn = drawn_by_original(model, range(model.num_classes), self.images)
+        drawn = drawn_by_original(model, model.trained_classes, self.images)
         retained = torch.isin(drawn.targets, model.retained_classes.to(drawn.targets.device))
         self._replay = Samples(*(field[retained] for field in drawn))
         with _original_weights(model):
@@ -75,8 +75,8 @@ class SelectiveAmnesia(Method):
                 strategy=trainer.strategy,
             )
         originals = dict(model.reference.named_parameters())
-        self._tied = [
-            (weight, originals[name], fisher[plain_name(name)] / len(drawn.targets))
+        self._tied = [  # of sharded weights this process has a part
+            (weight, local_of(laid_like(originals[name], weight)), local_of(fisher[plain_name(name)]) / len(drawn.targets))
             for name, weight in model.network.named_parameters()
             if weight.requires_grad
         ]
@@ -84,12 +84,12 @@ class SelectiveAmnesia(Method):
     @override
     def loss(self, module: "UnlearningModule", batch: Mapping[str, Samples]) -> Tensor:
         forget = part(batch, "forget", self)
-        loss = module.task_loss(forget._replace(inputs=torch.rand_like(forget.inputs)))
+        loss = module.unlearned_loss(forget._replace(inputs=torch.rand_like(forget.inputs)))
         if self.replay_weight:
             rows = torch.randint(len(self._replay.targets), (len(forget.targets),), device=forget.targets.device)
             loss = loss + self.replay_weight * module.task_loss(Samples(*(field[rows] for field in self._replay)))
         for weight, original, importance in self._tied:
-            loss = loss + self.fisher_weight * (importance * (weight - original).square()).sum()
+            loss = loss + self.fisher_weight * (importance * (local_of(weight) - original).square()).sum()
         return loss
 
 
@@ -97,7 +97,8 @@ class SelectiveAmnesia(Method):
 def _original_weights(model: "Diffusion") -> Iterator[None]:
     """The network with the original weights, which it no longer has when training is resumed."""
     now = {name: tensor.clone() for name, tensor in model.network.state_dict().items()}
-    model.network.load_state_dict(model.reference.state_dict())
+    originals = model.reference.state_dict()
+    model.network.load_state_dict({name: laid_like(originals[name], tensor) for name, tensor in now.items()})
     try:
         yield
     finally:

@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
 from salun_lightning.data import Order, Samples
 from salun_lightning.methods.base import Method, number_of_steps, part
 from salun_lightning.saliency import SaliencyMask, gradient_sums
 from salun_lightning.saliency.held import Held
-from salun_lightning.weights import bits_of, reshard, weights_of
+from salun_lightning.weights import bits_of, reshard, weights_of, whole_of
 
 if TYPE_CHECKING:
     from salun_lightning.modules.base import UnlearningModule
@@ -83,7 +82,7 @@ class SFROn(Method):
         )
         bound = self.threshold * len(data.forget_indices) / len(data.retain_indices)
         masks = {name: forget[name] >= bound * retain[name] for name in forget}
-        return {name: mask.full_tensor() if isinstance(mask, DTensor) else mask for name, mask in masks.items()}
+        return {name: whole_of(mask) for name, mask in masks.items()}
 
     def forgets(self, step: int) -> bool:
         """Whether a step is one on the forget set."""

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from salun_lightning.data import Order, Samples
+from salun_lightning.methods.answers import classification_head
 from salun_lightning.methods.base import Kind, Method, number_of_epochs
 from salun_lightning.methods.whole_classes import forgotten_classes
-from salun_lightning.networks.head import head_of
 
 if TYPE_CHECKING:
     from salun_lightning.modules.base import UnlearningModule
@@ -52,7 +52,7 @@ class TSBGRM(Method):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module = cast("UnlearningModule", pl_module)
         self._forgotten = forgotten_classes(self, module)
-        self._head = head_of(module.network)[1]
+        self._head = classification_head(module)[1]
         self._repair_from = max(1, math.ceil(number_of_epochs(self, trainer)) - self.repair_epochs)
         self._modes = [(child, child.training) for child in module.network.modules()]
         module.network.eval()

@@ -9,7 +9,7 @@ from typing_extensions import override
 from salun_lightning.methods.base import Kind
 from salun_lightning.methods.one_shot import OneShot
 from salun_lightning.networks.text_to_image import tokens_of
-from salun_lightning.weights import weights_of
+from salun_lightning.weights import laid_like, weights_of, whole_of
 
 if TYPE_CHECKING:
     from salun_lightning.modules.base import UnlearningModule
@@ -26,8 +26,9 @@ class UCE(OneShot):
         s_e \sum_i \| W' c_i - W g_i \|^2 + s_p \sum_j \| W' p_j - W p_j \|^2 + \lambda \| W' - W \|^2
 
     where :math:`c_i` is the last token of a concept in a prompt that is forgotten and :math:`g_i` that of the anchor in its
-    place; :math:`p_j` are all tokens of the retained prompts and of the empty one. (The released code preserves the last token
-    of each prompt that is named to it.) It is solved in double precision.
+    place (the token before it, if the anchor has no words); :math:`p_j` are all tokens of the retained prompts that are
+    trained on, and of the empty one. (The released code preserves the last token of each prompt that is named to it.) It is
+    solved in double precision.
 
     Args:
         erase: :math:`s_e`.
@@ -58,12 +59,12 @@ class UCE(OneShot):
         pull = self.erase * (anchors - concepts).T @ concepts  # what is preserved, and the ridge, pull nowhere
         toward = torch.linalg.solve(both + self.ridge * eye, pull, left=False)
         edit = {
-            name: (weight.detach().double() @ toward).to(weight)
+            name: laid_like((whole_of(weight.detach()).double() @ toward).to(weight.dtype), weight)
             for name, weight in weights_of(module).items()
             if name.endswith((".attn2.to_k.weight", ".attn2.to_v.weight"))
         }
         if not edit:
-            raise ValueError("UCE edits attn2.to_k and attn2.to_v, and none of these is trained. Leave trainable unset.")
+            raise ValueError("UCE edits attn2.to_k and attn2.to_v, and none is trained. Leave trainable and lora unset.")
         return edit
 
 
@@ -78,7 +79,7 @@ def _tokens(module: "TextToImage") -> tuple[Tensor, Tensor, Tensor]:
         condition = int(module.anchors(torch.tensor([number])))
         for place in places:
             concepts.append(tokens[number, tokens_of(tokenizer, prompt, place.end)[-1]])
-            anchors.append(tokens[condition, tokens_of(tokenizer, anchored, place.anchor_end)[-1]])
+            anchors.append(tokens[condition, tokens_of(tokenizer, anchored, place.anchor_end).stop - 1])
     names = [*data.class_names, ""]
     retained = [*module.retained_classes.tolist(), len(data.class_names)]
     kept = [tokens[number, : len(tokenizer(names[number])["input_ids"])] for number in retained]

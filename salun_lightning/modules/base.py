@@ -85,6 +85,10 @@ class UnlearningModule(LightningModule, ABC):
         """The ordinary training loss, as a mean over the samples; a scalar."""
         return self.losses(samples).mean()
 
+    def unlearned_loss(self, samples: Samples) -> Tensor:
+        """The task loss of what a method unlearns, of the very targets of the samples; by default the task loss."""
+        return self.task_loss(samples)
+
     def forget_loss(self, samples: Samples) -> Tensor:
         """The loss whose gradient over the forget set is the saliency: by default the task loss (its sign does not matter)."""
         return self.task_loss(samples)

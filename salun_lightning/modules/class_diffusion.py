@@ -30,7 +30,7 @@ class ClassDiffusion(Diffusion):
     """
 
     def __init__(
-        self, network: nn.Module, noise_scheduler: SchedulerMixin, null_class: int | None = None, **kwargs: Any
+        self, network: nn.Module, noise_scheduler: SchedulerMixin, *, null_class: int | None = None, **kwargs: Any
     ) -> None:
         super().__init__(network, noise_scheduler, **kwargs)
         self.null = null_class

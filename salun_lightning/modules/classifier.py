@@ -1,6 +1,5 @@
 """Image classifiers."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from salun_lightning.data import ForgetRetainDataModule, Samples
 from salun_lightning.evidence.measures import figures, right
 from salun_lightning.evidence.predictions import Predictions, Recorder
 from salun_lightning.modules.base import SETS, UnlearningModule, set_name
+from salun_lightning.networks.head import logits_of
 
 
 class ImageClassifier(UnlearningModule):
@@ -39,7 +39,7 @@ class ImageClassifier(UnlearningModule):
 
     kind = "classifier"
 
-    def __init__(self, network: nn.Module, channels_last: bool = False, **kwargs: Any) -> None:
+    def __init__(self, network: nn.Module, *, channels_last: bool = False, **kwargs: Any) -> None:
         super().__init__(network, **kwargs)
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.network.to(memory_format=self.memory_format)
@@ -157,31 +157,3 @@ class ImageClassifier(UnlearningModule):
         output = {"set": name, "index": samples.indices, "target": samples.targets, "logits": logits}
         self._recorder.add(output)
         return output
-
-
-def logits_of(output: Any) -> Tensor:
-    """The logits (B, classes) in what a network returns.
-
-    Args:
-        output: They themselves; something with an attribute or a key ``logits``, as models of Hugging Face return; or a tuple
-            of which they are the first, as with auxiliary heads.
-
-    Raises:
-        ValueError: It is nothing of that kind.
-
-    Example:
-        >>> logits_of((torch.zeros(4, 10), torch.ones(4, 10))).sum()
-        tensor(0.)
-    """
-    logits = output
-    if isinstance(output, Mapping):
-        logits = output.get("logits")
-    elif hasattr(output, "logits"):
-        logits = output.logits
-    elif isinstance(output, tuple | list) and output:
-        logits = output[0]
-    if not isinstance(logits, Tensor):
-        raise ValueError(
-            f"The network returned a {type(output).__name__} without logits. Return them, or a tuple that begins so."
-        )
-    return logits

@@ -70,11 +70,14 @@ class Diffusion(UnlearningModule):
     kind: Kind = "diffusion"
     null: int | None = None
     """The condition that stands for none, which guidance and label dropout need."""
+    retained_classes: Tensor
+    """The conditions that are trained on and not forgotten whole, ascending int64."""
 
     def __init__(
         self,
         network: nn.Module,
         noise_scheduler: SchedulerMixin,
+        *,
         label_dropout: float = 0.0,
         min_snr: float | None = None,
         sampling: Sampling = Sampling(),  # noqa: B008  # frozen
@@ -125,15 +128,10 @@ class Diffusion(UnlearningModule):
     @override
     def setup(self, stage: str) -> None:
         forgotten = getattr(self.datamodule, "forgotten_classes", [])
-        self._retained = torch.tensor([n for n in range(self.num_classes) if n not in forgotten], dtype=torch.int64)
+        self.trained_classes: list[int] = getattr(self.datamodule, "trained_classes", [*range(self.num_classes)])
+        retained = torch.tensor([n for n in self.trained_classes if n not in forgotten], dtype=torch.int64)
+        self.register_buffer("retained_classes", retained, persistent=False)  # which follows to the device
         super().setup(stage)
-
-    @property
-    def retained_classes(self) -> Tensor:
-        """The conditions that are not forgotten whole, ascending int64."""
-        if self._retained.device != self.device:  # once: a step is not to wait for a copy to the device
-            self._retained = self._retained.to(self.device)
-        return self._retained
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -182,11 +180,16 @@ class Diffusion(UnlearningModule):
     @override
     def losses(self, samples: Samples) -> Tensor:
         """The squared error of each prediction, a mean over its elements (Ho et al., NeurIPS 2020, equation 14), weighted."""
+        return self._losses(samples, self.label_dropout if self.training else 0.0)
+
+    @override
+    def unlearned_loss(self, samples: Samples) -> Tensor:
+        """The task loss without label dropout: the prediction for no condition is not to be unlearned."""
+        return self._losses(samples, label_dropout=0.0).mean()
+
+    def _losses(self, samples: Samples, label_dropout: float) -> Tensor:
         noisy, timesteps, wanted = self.noised(samples)
-        targets = samples.targets
-        if self.label_dropout and self.training:
-            dropped = torch.rand(len(targets), device=targets.device) < self.label_dropout
-            targets = torch.where(dropped, self._null("Label dropout"), targets)
+        targets = _dropped(samples.targets, label_dropout, self._null("Label dropout")) if label_dropout else samples.targets
         error = functional.mse_loss(self.denoise(noisy, timesteps, targets), wanted, reduction="none")
         weights = 1.0 if self.min_snr is None else min_snr_weights(self.process, timesteps, self.min_snr)
         return weights * error.flatten(1).mean(1)
@@ -233,17 +236,26 @@ class Diffusion(UnlearningModule):
 
     @override
     def predict_dataloader(self) -> dict[str, DataLoader[Requested]]:
-        if self.evaluation is None:
-            raise MisconfigurationException(
-                "A diffusion model predicts images that are asked for: give its evaluation, a GenerationEvaluator."
-            )
-        return {"generated": self.evaluation.loader(self.trainer)}
+        return {"generated": _needed(self.evaluation).loader(self.trainer)}
 
     @override
     def predict_step(self, batch: Requested, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         """The images (uint8) that are requested, as ``image``, with ``target`` (B,), ``index`` (B,) and ``set``."""
         images = (255 * self.sample(batch.targets, batch.indices)).round().to(torch.uint8)
         return {"set": "generated", "image": images, "target": batch.targets, "index": batch.indices}
+
+
+def _dropped(conditions: Tensor, share: float, null: int) -> Tensor:
+    """Conditions (B,), of which at random such a share is the null one."""
+    return torch.where(torch.rand(len(conditions), device=conditions.device) < share, null, conditions)
+
+
+def _needed(evaluation: GenerationEvaluator | None) -> GenerationEvaluator:
+    if evaluation is None:
+        raise MisconfigurationException(
+            "A diffusion model predicts images that are asked for: give its evaluation, a GenerationEvaluator."
+        )
+    return evaluation
 
 
 def _checkpoint_gradients(network: nn.Module, wanted: bool) -> None:

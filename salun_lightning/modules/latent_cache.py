@@ -17,7 +17,8 @@ class LatentCache:
     """Keeps latents by what they are made from: in a folder for each VAE, a file for each image.
 
     The name of a file comes from the pixels, so an image that was changed, or cropped in another way, is another image. Any
-    number of processes and runs may share the folder. A latent of Stable Diffusion takes 64 KiB at 512 x 512 pixels.
+    number of processes and runs may share the folder. A latent of Stable Diffusion takes 64 KiB at 512 x 512 pixels. Files lie
+    in 256 folders, because looking for what a dead process left behind takes time where many lie.
 
     Args:
         folder: Where.
@@ -38,10 +39,9 @@ class LatentCache:
         Raises:
             ValueError: A file is damaged.
         """
-        paths = [self.folder / f"{key}.safetensors" for key in keys(images)]
+        paths = [self.folder / key[-2:] / f"{key}.safetensors" for key in keys(images)]
         missing = [row for row, path in enumerate(paths) if not path.is_file()]
         if missing:
-            self.folder.mkdir(parents=True, exist_ok=True)
             for row, latent in zip(missing, encode(images[missing]).cpu(), strict=True):
                 with whole(paths[row]) as unfinished:
                     save_file({"latent": latent.contiguous()}, unfinished)

@@ -12,6 +12,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from typing_extensions import override
 
+from salun_lightning.data.datamodule import ForgetRetainDataModule
 from salun_lightning.methods.base import Kind
 from salun_lightning.modules.diffusion import Diffusion
 from salun_lightning.modules.latent_cache import LatentCache
@@ -36,12 +37,13 @@ class TextToImage(Diffusion):
         lora: Trains adapters of low rank (Hu et al., ICLR 2022) in the place of the weights: arguments of ``peft.LoraConfig``,
             such as ``{r: 8}``. By default they are in all projections of attention. A mask then covers the adapters.
         latents: A folder where the latents of images are kept, on disk, so that the VAE sees each image once. It saves nothing
-            where images are augmented at random.
+            where images are new each time: augmented at random, or the noise of Selective Amnesia.
         **kwargs: See ``Diffusion``.
 
     Raises:
         ModuleNotFoundError: peft is not installed, which ``lora`` needs.
-        ValueError: It is no such pipeline, a prompt is too long, or adapters are to start from another ``original``.
+        ValueError: It is no such pipeline, a prompt is too long, adapters are to start from another ``original``, or the images
+            of the datamodule have another size than the pipeline draws.
     """
 
     kind: Kind = "text-to-image"
@@ -50,6 +52,7 @@ class TextToImage(Diffusion):
     def __init__(
         self,
         pipeline: str | DiffusionPipeline,
+        *,
         sampling: Sampling = Sampling(guidance=7.5),  # noqa: B008  # frozen
         lora: dict[str, Any] | None = None,
         latents: str | os.PathLike[str] | None = None,
@@ -88,6 +91,18 @@ class TextToImage(Diffusion):
         self.null = len(names)
         self._anchors = torch.tensor([prompts.index(anchored.get(n, name)) for n, name in enumerate(names)])
         super().setup(stage)
+
+    @override
+    def check_network(self) -> None:
+        if not isinstance(self.datamodule, ForgetRetainDataModule):
+            return
+        channels, *given = self.datamodule.probe().inputs.shape[1:]
+        height, width = (self.pipeline.vae_scale_factor * side for side in self.latent_shape[1:])
+        if channels == self._vae().config.in_channels and given != [height, width]:  # of other channels encode tells
+            raise ValueError(
+                f"The images have {given[0]} x {given[1]} pixels, and the pipeline draws {height} x {width}. Give images of"
+                f" that size (image_size: {height}), so that what is drawn is what was trained."
+            )
 
     def anchors(self, targets: Tensor) -> Tensor:
         """The prompt in the place of each prompt that is forgotten, and each other one itself; int64 of shape (B,)."""

@@ -38,7 +38,8 @@ def write_pipeline(pipeline: Any, folder: Path, adapters: dict[str, Any] | None 
     """Save a pipeline of diffusers as a directory that appears whole or not at all. One that is there is replaced.
 
     Args:
-        pipeline: The pipeline.
+        pipeline: The pipeline. Its text encoders become float32: unless told otherwise, diffusers reads all other parts so, and
+            text encoders as they were stored.
         folder: The directory.
         adapters: What its ``save_lora_weights`` takes, of adapters that are part of the UNet already.
 
@@ -47,6 +48,9 @@ def write_pipeline(pipeline: Any, folder: Path, adapters: dict[str, Any] | None 
     """
     if folder.exists() and not (folder / "model_index.json").is_file():
         raise ValueError(f"'{folder}' is there and is not a pipeline directory, so it is not replaced.")
+    for name in ("text_encoder", "text_encoder_2"):
+        if getattr(pipeline, name, None) is not None:
+            getattr(pipeline, name).float()
     with whole_folder(folder) as unfinished, silent_diffusers():
         pipeline.save_pretrained(unfinished)
         if adapters is not None:

@@ -29,7 +29,8 @@ class Embedded(NamedTuple):
 def text_to_image(source: "str | os.PathLike[str] | DiffusionPipeline") -> "DiffusionPipeline":
     """Read a text-to-image pipeline with a UNet: Stable Diffusion 1, 2 or XL, or what is built like them.
 
-    No pickle is executed. A safety checker is left out: it would blacken images that are to be measured.
+    No pickle is executed. A safety checker is left out: it would blacken images that are to be measured. All weights become
+    float32, whatever they were stored in: the precision of training is the trainer's.
 
     Args:
         source: A directory, the name of a pipeline on the hub of Hugging Face, or a pipeline that is there already.
@@ -40,34 +41,47 @@ def text_to_image(source: "str | os.PathLike[str] | DiffusionPipeline") -> "Diff
     """
     need_transformers("Text-to-image pipelines need")
     import diffusers
+    from safetensors import SafetensorError
 
     if isinstance(source, diffusers.DiffusionPipeline):
         kinds = {name: type(part).__name__ for name, part in source.components.items() if part is not None}
         _check_parts("The pipeline", type(source).__name__, kinds)
-        _check_channels(source)
-        return source
+        return _served(source)
     try:
         with silent_diffusers():
             index = diffusers.DiffusionPipeline.load_config(source)
             _check_parts(str(source), index["_class_name"], _kinds(index))
             left_out = {"safety_checker": None} if "safety_checker" in index else {}
             read = diffusers.DiffusionPipeline.from_pretrained(source, use_safetensors=True, **left_out)
-    except (OSError, RuntimeError, KeyError) as error:
+    except (OSError, RuntimeError, KeyError, SafetensorError) as error:
         raise ValueError(
             f"'{source}' cannot be read as a text-to-image pipeline: {reason(error)}. Give a directory that diffusers has"
             " saved with safe_serialization=True, or a name on the hub that can be reached."
         ) from error
-    _check_channels(read)
-    return read
+    return _served(read)
 
 
-def _check_channels(pipeline: Any) -> None:
+def _served(pipeline: Any) -> Any:
+    """The pipeline in float32, if its parts are understood."""
     told, made = pipeline.unet.config.in_channels, pipeline.vae.config.latent_channels
     if told != made:
         raise ValueError(
             f"The UNet of the pipeline takes {told} channels, and the latents have {made}: it is told more than a prompt, such"
             " as an image to change. Give a pipeline that is told prompts alone."
         )
+    if not hasattr(pipeline.scheduler, "alphas_cumprod"):
+        raise ValueError(
+            f"The pipeline samples with {type(pipeline.scheduler).__name__}, from another kind of process than that of Stable"
+            " Diffusion: it has no variance schedule (alphas_cumprod). Such pipelines are not served."
+        )
+    if any(pipeline.vae.config.get(name) for name in ("latents_mean", "latents_std", "shift_factor")):
+        raise ValueError("The VAE of the pipeline shifts its latents (latents_mean, shift_factor). Such ones are not served.")
+    if len(pipeline.tokenizer) <= len(pipeline.tokenizer.all_special_ids):
+        raise ValueError("The tokenizer of the pipeline knows no words: its vocabulary is missing.")
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.float()
+    return pipeline
 
 
 def _kinds(index: Mapping[str, Any]) -> dict[str, str]:

@@ -23,6 +23,11 @@ _OTHER = (
     "The patch was made from another network, or from other weights of it. Apply it to the very model it was made from; where"
     " several patches follow each other, compose them with 'then', or apply them in that order."
 )
+_NO_PAIR = "The second patch was made neither from what the first one leaves, nor from what it begins with."
+_NOT_KNOWN = (
+    "What the first patch leaves is not known, because it was made of several. Compose the later ones first:"
+    " 'first.then(second.then(third))'."
+)
 _OWN = ("format", "library_version", "base", "result", "differences")
 
 
@@ -186,7 +191,7 @@ class Patch:
         """
         follows = bool(self.result) and other.base == self.result
         if not follows and other.base != self.base:
-            raise ValueError("The second patch was made neither from what the first one leaves, nor from what it begins with.")
+            raise ValueError(_NO_PAIR if self.result else _NOT_KNOWN)
         if self.differences != other.differences:
             raise ValueError("One patch holds values, and the other differences. Make both in the same way.")
         changes = dict(self.changes)

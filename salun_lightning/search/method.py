@@ -14,10 +14,10 @@ from salun_lightning.comparison.figures import Figures
 from salun_lightning.comparison.plan import Cell, Plan, slug
 from salun_lightning.comparison.rows import Row, Source
 from salun_lightning.comparison.schedule import Schedule
-from salun_lightning.configurations import tuned_folder
+from salun_lightning.configurations import beside, tuned_folder
 from salun_lightning.evidence.gaps import average_gap
 from salun_lightning.files import digest, set_aside, write_text
-from salun_lightning.search.space import reaching, read_space, size
+from salun_lightning.search.space import Choices, reaching, read_space, size
 from salun_lightning.search.trials import WORST, Claimed, Trials
 
 if TYPE_CHECKING:
@@ -104,13 +104,15 @@ class MethodSearch:
             raise ValueError(f"Method '{method}': {error}") from error
         # what the trials of another day came to is only taken up if nothing has changed since
         wanted = [cell.key for cell in pilot.plan.cells if cell.row == pilot.reference and cell.case in request.cases]
-        name = f"{self.name} {digest([[cell.key for cell in cells], wanted, found, pilot.metrics])}"
         first = [{option: values[option] for option in space}]
-        known = [tuned_folder(task) / self.file.name for task in pilot.plan.task]
-        for other in (other for other in known if other != self.file and other.is_file()):  # found for the task: worth a trial
+        others = [task for task in pilot.plan.task if tuned_folder(task) != self.file.parent]
+        for other in filter(None, (beside([task], f"tuned/{method}") for task in others)):  # found for the task: worth a trial
             there = yaml.safe_load(other.read_text(encoding="utf-8")) or {}
             first.append({option: there.get(option, value) for option, value in first[0].items()})
-        self.trials = Trials(journal, name, reaching(space, first), first, pilot.trials, place)
+        space = reaching(space, first)
+        choices = [part.values for part in space.values() if isinstance(part, Choices)]  # which Optuna wants to stay
+        name = f"{self.name} {digest([[cell.key for cell in cells], wanted, found, pilot.metrics, choices])}"
+        self.trials = Trials(journal, name, space, first, pilot.trials, place)
 
     def cells(self, options: Mapping[str, Any], folder: Path) -> list[Cell]:
         """The cells of a trial.

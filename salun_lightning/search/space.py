@@ -39,15 +39,19 @@ class Choices:
 
     def reaching(self, values: Sequence[Any]) -> "Choices":
         """The list with further values that are not in it."""
-        return Choices((*self.values, *(value for value in values if value not in self.values)))
+        longer = list(self.values)
+        for value in values:
+            if value not in longer:
+                longer.append(value)
+        return Choices(tuple(longer))
 
     def sampled(self, value: Any) -> Any:
         """What a value stands for that Optuna has drawn."""
         return json.loads(value)
 
     def drawn(self, value: Any) -> Any:
-        """The reverse: Optuna takes neither lists nor dictionaries."""
-        return json.dumps(value)
+        """The reverse: Optuna takes neither lists nor dictionaries. What is equal, such as 10 and 10.0, is the same."""
+        return json.dumps(next(known for known in self.values if known == value))
 
     def distribution(self) -> "BaseDistribution":
         """The same, for Optuna."""
@@ -157,16 +161,12 @@ def read_space(found: Any, defaults: Mapping[str, Any]) -> Space:
             raise ValueError(f"Its search space names '{option}', which is no option of this run. Correct it under 'search'.")
         default = defaults[option]
         if isinstance(values, list) and values:
-            space[option] = Choices(tuple(dict.fromkeys([default, *values]) if _hashable(values) else [default, *values]))
+            space[option] = Choices(()).reaching([default, *values])
         elif isinstance(values, Mapping) and {"low", "high"} <= values.keys() <= {"low", "high", "log"}:
             space[option] = _range(option, values, default)
         else:
             raise ValueError(f"Its search space for '{option}' is '{values}'. Give a list of values, or low, high and log.")
     return space
-
-
-def _hashable(values: list[Any]) -> bool:
-    return not any(isinstance(value, list | dict) for value in values)
 
 
 def _range(option: str, given: Mapping[str, Any], default: Any) -> Range:

@@ -3,7 +3,7 @@
 import shutil
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from random import Random
@@ -100,12 +100,14 @@ class Trials:
     first: list[dict[str, Any]]
     budget: int
     folder: Path
-    forgiven: set[int] = field(default_factory=set)
-    """Trials that failed before this process started: they are tried again."""
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.forgiven = {trial.number for trial in self._all() if "error" in trial.user_attrs}
+        with FileLock(f"{self.folder}.lock"):
+            self._drop_dead()
+            if not self.running():  # no process is at it: what failed before is tried again
+                failed = [trial.number for trial in self._all() if "error" in trial.user_attrs]
+                self.study.set_user_attr("forgiven", failed)
         self.budget = int(min(self.budget, size(self.space)))
 
     @cached_property
@@ -120,10 +122,16 @@ class Trials:
 
     def counted(self) -> "list[FrozenTrial]":
         """The trials that count: those that came to an end, or are being run."""
-        return [trial for trial in self._all() if "options" in trial.user_attrs and not self._is_void(trial)]
+        return self._begun(again=False)
 
-    def _is_void(self, trial: "FrozenTrial") -> bool:
-        return trial.state.name == "FAIL" or trial.number in self.forgiven
+    def _begun(self, again: bool) -> "list[FrozenTrial]":
+        """The trials that have settings: those that count, or those whose settings are to be tried again."""
+        forgiven = self.study.user_attrs.get("forgiven", [])
+        return [
+            trial
+            for trial in self._all()
+            if "options" in trial.user_attrs and (trial.state.name == "FAIL" or trial.number in forgiven) == again
+        ]
 
     def running(self) -> "list[FrozenTrial]":
         """The trials that some process runs."""
@@ -235,7 +243,7 @@ class Trials:
     def _next(self, counted: "list[FrozenTrial]") -> "tuple[Trial, dict[str, Any]]":
         """A new trial, and the settings it is to try."""
         tried = [trial.user_attrs["options"] for trial in counted]
-        void = [trial.user_attrs["options"] for trial in self._all() if "options" in trial.user_attrs and self._is_void(trial)]
+        void = [trial.user_attrs["options"] for trial in self._begun(again=True)]
         even = planned(self.space, self.budget) if size(self.space) <= self.budget or 2 * len(counted) < self.budget else []
         for options in (*void, *self.first, *even):
             if options not in tried:

@@ -156,6 +156,13 @@ def test_a_name_stays_within_the_folder(tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"images"}
 
 
+def test_of_a_long_prompt_the_beginning_is_the_name(tmp_path: Path) -> None:
+    long = ["a cat " * 60, "\u732b" * 200]  # three bytes a character
+    paint(tmp_path, 1, names=[*long, "a dog"])
+    names = sorted(path.stem for path in (tmp_path / "images").glob("*.png"))
+    assert names == ["0-" + ("a_cat_" * 60)[:50], "1-" + "\u732b" * 50, "2-a_dog"]
+
+
 class Other(LightningModule):
     """A module of another project that predicts something else."""
 

@@ -220,13 +220,27 @@ def test_gaps_of_each_case_stand_side_by_side() -> None:
     assert rows == [
         ["Retrain", "0", "0"],
         ["SalUn", "1.00 ± 0.00", "-"],
-        ["Retrain again", "-", "2.00 ± 0.00"],
+        ["Retrain again (noise floor)", "-", "2.00 ± 0.00"],
         ["FT", "-", "0.50 ± 0.00"],
     ]
     assert "\n| | three | five |\n" in markdown(summarise(results, TABLE), results, TABLE)
     alone = {place: result for place, result in results.items() if result["case"] == "five"}
     assert gaps_by_case(alone, TABLE) == ([], [])
     assert gaps_by_case(results, Table(gap=False)) == ([], [])
+
+
+def test_a_row_that_diverged_in_part_is_marked_beside_its_cases() -> None:
+    """The mean of the seeds that are left would look better than it is."""
+    results = keyed(
+        [
+            *(cell("Retrain", seed, (5, 100, 94, 12), 10, case) for seed in (1, 2) for case in ("three", "five")),
+            *(cell("GA", seed, (9, 100, 94, 12), 10, case) for seed in (1, 2) for case in ("three", "five")),
+        ]
+    )
+    for result in results.values():
+        if result["row"] == "GA" and result["seed"] == 2:
+            result |= {"state": "diverged", "metrics": {}}
+    assert [name for name, *_ in gaps_by_case(results, TABLE)[1]] == ["Retrain", "GA (2 of 4 diverged)"]
 
 
 def test_the_caption_names_seeds_and_cases() -> None:

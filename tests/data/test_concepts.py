@@ -66,6 +66,21 @@ def test_the_folders_of_imagenette_by_their_names(tmp_path: Path) -> None:
     assert sets == {"forget": {1}, "retain": {0, 2}, "test": {0, 2}, "test_forget": {1}}
 
 
+def test_further_prompts_are_evaluated_alone(tmp_path: Path) -> None:
+    """Methods are not told of them: neither those to preserve, nor those that name the concept."""
+    known = ready(imagenette(tmp_path))
+    told = ready(imagenette(tmp_path), further=["an image of a chapel", "a drawing of a church"])
+    assert told.class_names[:3] == known.class_names
+    assert told.trained_classes == known.trained_classes == [0, 1, 2]
+    assert told.anchors == known.anchors
+    assert told.forgotten_classes == [1, 4]
+
+
+def test_a_longer_thing_is_not_taken_for_a_shorter_one(tmp_path: Path) -> None:
+    data = ready(imagenette(tmp_path), further=["a church organ"], classes={"church": 497, "church organ": 1, "pond": 5})
+    assert data.contents.tolist() == [[5], [497], [-1], [1]]
+
+
 def test_a_prompt_and_names_and_classes_of_ones_own(tmp_path: Path) -> None:
     settings = {"prompt": "a photo of one {}", "names": {"n03028079": "old church", "a pond": "lake"}, "classes": {"lake": 3}}
     data = ready(imagenette(tmp_path), **settings)

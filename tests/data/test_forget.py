@@ -332,6 +332,17 @@ def test_concepts_that_cannot_be_replaced_are_refused(concepts: dict[str, str], 
         ForgetConcepts(concepts)
 
 
+def test_an_anchor_that_makes_a_concept_of_what_stands_beside_it_is_refused() -> None:
+    concepts = ForgetConcepts({"red ball": "a thing", "a blue": "a red"})
+    with pytest.raises(ValueError, match="'a blue ball' becomes 'a red ball', which names 'red ball'"):
+        concepts.anchors(["a blue ball", "a red ball"])
+
+
+def test_letters_whose_case_is_of_two_characters() -> None:
+    """A dotted capital I becomes two characters in lower case."""
+    assert ForgetConcepts({"istanbul": "a city"}).replaced("\u0130stanbul at night")[0] == "a city at night"
+
+
 def test_a_concept_that_no_prompt_names_is_refused() -> None:
     with pytest.raises(ValueError, match=r"No prompt names the concept 'owl'\. The prompts are a cat, a dog\."):
         ForgetConcepts({"cat": "horse", "owl": "horse"}).classes(["a cat", "a dog"])

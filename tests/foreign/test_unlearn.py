@@ -110,7 +110,7 @@ def test_heads_and_stages_of_other_packages() -> None:
     task = torchgeo_task()[0]
     vit: nn.Module = vision_transformer()
     of_timm = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=3)
-    assert [head_of(one)[0] for one in (task, vit, of_timm)] == ["fc", "classifier", "head"]
+    assert [head_of(one.eval(), images)[0] for one in (task, vit, of_timm)] == ["fc", "classifier", "head"]
     stages = [stages_of(network.eval(), images) for network in (vit, of_timm)]
     of_vit, of_timm = ([[operator.name for operator in stage] for stage in some] for some in stages)
     assert [len(stage) for stage in of_vit] == [3, 3, 1]  # query, key and value are given the same

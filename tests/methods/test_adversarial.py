@@ -1,5 +1,6 @@
 """Moved images, against the closed form of a linear network."""
 
+import pytest
 import torch
 
 from salun_lightning.methods.adversarial import fgsm, pgd
@@ -41,3 +42,14 @@ def test_fgsm_moves_each_pixel_by_the_step() -> None:
     moved = fgsm(predict, images, torch.tensor([0, 1]), 0.1)
     torch.testing.assert_close(moved, images + torch.tensor([0.1, -0.1]).view(2, 1, 1, 1) * ALONG.sign())
     assert set(fgsm(predict, images, torch.tensor([0, 1]), 9.0).unique().tolist()) == {0.0, 1.0}
+
+
+@pytest.mark.parametrize("images", [torch.full((2, 3, 2, 2), -0.1), torch.full((2, 3, 2, 2), 1.5)])
+def test_images_that_were_normalised_are_refused(images: torch.Tensor) -> None:
+    """They would be cut off at 0 and 1, whatever the step."""
+    targets = torch.tensor([0, 1])
+    for move in (lambda: fgsm(predict, images, targets, 0.1), lambda: pgd(predict, images, targets, torch.ones(2))):
+        with pytest.raises(
+            ValueError, match=r"lie in \[0, 1\], but these are normalised: they go from .* Normalise in the network"
+        ):
+            move()

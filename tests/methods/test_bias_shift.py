@@ -39,10 +39,12 @@ def test_a_request_of_single_images_is_refused(tmp_path: Path) -> None:
 
 def test_networks_without_a_bias_or_a_head_are_refused(tmp_path: Path) -> None:
     without = nn.Sequential(nn.Flatten(), nn.Linear(36, CLASSES, bias=False))
-    with pytest.raises(ValueError, match=r"^The last linear layer '1' has no bias that is trained, .* Choose another"):
+    with pytest.raises(ValueError, match=r"^The classification head '1' has no bias that is trained, .* Choose another"):
         trained(tmp_path, BiasShift(), network=without)
     headless = nn.Sequential(nn.Conv2d(1, CLASSES, 6), nn.Flatten())
-    with pytest.raises(ValueError, match=r"^Sequential has no linear layer, .* Choose a method that"):
+    with pytest.raises(
+        ValueError, match=r"^The logits of Sequential are the answer of no linear layer, .* Choose a method that"
+    ):
         trained(tmp_path, BiasShift(), network=headless)
 
 

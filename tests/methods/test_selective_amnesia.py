@@ -83,7 +83,7 @@ def test_replay_is_what_the_original_draws_of_the_retained_classes(tmp_path: Pat
 
 
 def loss_by_hand(method: Watched, module: Any, batch: Samples, fisher_weight: float, replay_weight: float) -> Tensor:
-    loss = module.task_loss(Samples(torch.rand_like(batch.inputs), batch.targets, batch.indices))
+    loss = module.unlearned_loss(Samples(torch.rand_like(batch.inputs), batch.targets, batch.indices))
     if replay_weight:
         rows = torch.randint(len(method.replay.targets), (len(batch.targets),))
         loss = loss + replay_weight * module.task_loss(Samples(*(field[rows] for field in method.replay)))

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from salun_lightning.data import ForgetClasses
-from salun_lightning.methods import UCE
+from salun_lightning.methods import UCE, SelectiveAmnesia
 from salun_lightning.modules.sampling import Sampling
 from salun_lightning.modules.text_to_image import TextToImage
 from salun_lightning.saliency import SaliencyMask, SaliencyMasking
 from tests.modules.small_runs import trainer, weights
-from tests.modules.test_text_to_image import Photos, stable_diffusion
+from tests.modules.test_text_to_image import PROMPTS, Photos, stable_diffusion
 
 ONE_STEP = {"max_epochs": -1, "max_steps": 1}
 
@@ -79,7 +79,7 @@ def test_a_mask_holds(tmp_path: Path) -> None:
 
 
 def test_what_it_cannot_edit_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="none of these is trained"):
+    with pytest.raises(ValueError, match=r"none is trained\. Leave trainable and lora unset"):
         edited(tmp_path, UCE(), trainable=r"attn1\.")
     data = Photos()
     data.forget = ForgetClasses([1])
@@ -87,3 +87,36 @@ def test_what_it_cannot_edit_is_refused(tmp_path: Path) -> None:
         edited(tmp_path, UCE(), data=data)
     with pytest.raises(ValueError, match="ridge must not be negative"):
         UCE(ridge=-1.0)
+
+
+class FurtherPhotos(Photos):
+    """With two prompts more, without images: one of them names the concept."""
+
+    def load(self) -> Any:
+        return super().load()._replace(class_names=[*PROMPTS, "a dog beside", "beside"])
+
+
+@pytest.mark.parametrize("method", ["uce", "sa"])
+def test_prompts_that_are_evaluated_alone_change_nothing(method: str, tmp_path: Path) -> None:
+    made = []
+    for data in (Photos(), FurtherPhotos()):
+        if method == "uce":
+            module = edited(tmp_path, UCE(), data=data)
+        else:
+            amnesia = SelectiveAmnesia(images=2, timesteps=1)
+            module = TextToImage(stable_diffusion("1"), method=amnesia, sampling=Sampling(steps=2, guidance=3.0))
+            trainer(tmp_path, max_epochs=1).fit(module, datamodule=data)
+        made.append(weights(module.network))
+    assert made[0].keys() == made[1].keys()
+    # more prompts are embedded in one batch, which may round in another way
+    assert all(torch.allclose(weight, made[1][name], atol=1e-5) for name, weight in made[0].items())
+    assert any((weight - weights(stable_diffusion("1").unet)[name]).abs().max() > 1e-4 for name, weight in made[0].items())
+
+
+def test_an_anchor_without_words_is_read_as_what_stands_before_it(tmp_path: Path) -> None:
+    module = edited(tmp_path, UCE(preserve=0.0, ridge=1e-9), data=Photos({"dog": ""}))
+    old, tokens = weights(stable_diffusion("1").unet), module.embedded.tokens
+    for name, weight in weights(module.network).items():
+        if name.endswith(("attn2.to_k.weight", "attn2.to_v.weight")):
+            anchored = tokens[4, 1]  # "a", of the prompt "a " behind the empty one
+            torch.testing.assert_close(tokens[1, 2] @ weight.T, anchored @ old[name].T, atol=1e-4, rtol=0)

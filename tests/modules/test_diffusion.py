@@ -9,7 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from salun_lightning.callbacks import GenerationEvaluator
-from salun_lightning.data import ForgetClasses, ForgetRandom
+from salun_lightning.data import ForgetClasses, ForgetRandom, Samples
 from salun_lightning.methods import (
     ESD,
     FineTune,
@@ -297,6 +297,37 @@ def test_every_method_trains_with_and_without_a_mask(tmp_path: Path, name: str, 
         )
     else:
         assert moved > 0.5 * total
+
+
+@pytest.mark.parametrize("name", ["GA", "NegGrad+", "SA"])
+def test_what_is_unlearned_keeps_its_class(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Label dropout would have the prediction without a class unlearned, which guidance starts from."""
+    method, kept, learnt = METHODS[name], [], []
+    module = diffusion(method=method, label_dropout=1.0)
+    unlearned, task, denoise = module.unlearned_loss, module.task_loss, module.denoise
+    told: list[list[int]] = []
+
+    def watched(noisy: Tensor, timesteps: Tensor, targets: Tensor | None = None, original: bool = False) -> Tensor:
+        told.append([] if targets is None else targets.tolist())
+        return denoise(noisy, timesteps, targets, original)
+
+    def noted(loss: Any, into: list[Any]) -> Any:
+        def of(samples: Samples) -> Tensor:
+            told.clear()
+            value = loss(samples)
+            into.append((samples.targets.tolist(), told[0]))
+            return value
+
+        return of
+
+    monkeypatch.setattr(module, "denoise", watched)
+    monkeypatch.setattr(module, "unlearned_loss", noted(unlearned, kept))
+    monkeypatch.setattr(module, "task_loss", noted(task, learnt))
+    trainer(tmp_path, max_epochs=1).fit(module, datamodule=images())
+    assert kept
+    assert all(targets == heard and NULL not in heard for targets, heard in kept)
+    assert all(set(heard) == {NULL} for _, heard in learnt)
+    assert bool(learnt) == (name != "GA")
 
 
 def test_training_learns_to_draw_the_images(tmp_path: Path) -> None:

@@ -14,7 +14,9 @@ from diffusers import (
     DDPMScheduler,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     PNDMScheduler,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
@@ -253,11 +255,64 @@ def test_what_is_no_such_pipeline_is_refused_in_a_sentence(tmp_path: Path) -> No
         TextToImage(DDPMPipeline(unet(), DDPMScheduler()))
     with pytest.raises(ValueError, match="cannot be read as a text-to-image pipeline"):
         text_to_image(tmp_path / "nowhere")
-    stable_diffusion("1").save_pretrained(tmp_path / "damaged")
-    weights_file = tmp_path / "damaged" / "unet" / "diffusion_pytorch_model.safetensors"
-    weights_file.write_bytes(weights_file.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="cannot be read as a text-to-image pipeline"):
-        text_to_image(tmp_path / "damaged")
+    for damaged in ("unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
+        stable_diffusion("1").save_pretrained(tmp_path / "damaged")
+        weights_file = tmp_path / "damaged" / damaged
+        weights_file.write_bytes(weights_file.read_bytes()[:1000])
+        with pytest.raises(ValueError, match=r"'.*/damaged' cannot be read as a text-to-image pipeline"):
+            text_to_image(tmp_path / "damaged")
+
+
+def test_a_pipeline_of_another_process_is_refused() -> None:
+    """Its own scheduler tells; the one that draws here is made of its settings, and would hide it."""
+    for scheduler in (EDMEulerScheduler(), FlowMatchEulerDiscreteScheduler()):
+        other: Any = stable_diffusion("xl")
+        other.scheduler = scheduler
+        with pytest.raises(ValueError, match=rf"samples with {type(scheduler).__name__}, from another kind of process"):
+            TextToImage(other)
+    shifted: Any = stable_diffusion("1")
+    shifted.vae.register_to_config(latents_mean=[0.0] * 4)
+    with pytest.raises(ValueError, match="shifts its latents"):
+        TextToImage(shifted)
+    speechless: Any = stable_diffusion("1", words="")
+    with pytest.raises(ValueError, match="knows no words: its vocabulary is missing"):
+        TextToImage(speechless)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_pipeline_in_half_precision_is_trained_in_single(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Given or read: the steps of 1e-5 would be lost in bfloat16, and float16 would end in NaN."""
+    stable_diffusion("xl").to(dtype).save_pretrained(tmp_path / "half")
+    for half in (stable_diffusion("xl").to(dtype), str(tmp_path / "half")):
+        module = TextToImage(half, method=Remap(to="anchor"), optimizer=lambda p: torch.optim.Adam(p, lr=1e-5))
+        parts = [part for part in module.pipeline.components.values() if isinstance(part, torch.nn.Module)]
+        assert len(parts) == 4
+        assert {tensor.dtype for part in parts for tensor in part.parameters()} == {torch.float32}
+        before = weights(module.network)
+        trainer(tmp_path, max_epochs=1).fit(module, datamodule=Photos())
+        moved = [float((now != before[name]).double().mean()) for name, now in weights(module.network).items()]
+        assert all(torch.isfinite(now).all() for now in weights(module.network).values())
+        assert sum(moved) / len(moved) > 0.9
+
+
+def test_what_was_trained_in_bfloat16_is_a_pipeline_that_plain_diffusers_draws_with(tmp_path: Path) -> None:
+    module = TextToImage(stable_diffusion("xl"), method=Remap(to="anchor"))
+    trainer(tmp_path, max_epochs=1, precision="bf16-true").fit(module, datamodule=Photos())
+    assert {weight.dtype for weight in module.network.parameters()} == {torch.bfloat16}
+    module.save_pretrained(tmp_path / "pipeline")
+    plain: Any = DiffusionPipeline.from_pretrained(tmp_path / "pipeline")
+    plain.set_progress_bar_config(disable=True)
+    images = plain(["a cat"], num_inference_steps=2, output_type="np").images
+    assert images.shape == (1, 16, 16, 3)
+    for name, weight in weights(module.network).items():
+        assert torch.equal(weights(plain.unet)[name].bfloat16(), weight), name
+
+
+def test_images_of_another_size_than_the_pipeline_draws_are_refused(tmp_path: Path) -> None:
+    data = Photos()
+    data.given = data.given._replace(train=ImageTensors(torch.zeros(6, 3, 8, 8, dtype=torch.uint8), torch.arange(6) % 3))
+    with pytest.raises(ValueError, match=r"8 x 8 pixels, and the pipeline draws 16 x 16\. .* \(image_size: 16\)"):
+        trainer(tmp_path, max_epochs=1).fit(TextToImage(stable_diffusion("1"), method=Remap(to="anchor")), datamodule=data)
 
 
 @pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument")  # what diffusers calls
@@ -347,7 +402,11 @@ def test_the_parts_that_prompts_ask_for_are_judged(tmp_path: Path) -> None:
     expected = composition(dict(evaluation.predictions.sets), module.datamodule.forgotten_classes, len(names))
     assert {name: logged[name] for name in expected} == pytest.approx(expected)
     assert expected.keys() == {"UA", "acc", "inside", "other", "pairs"}
-    assert logged["num_generated"] == 3 * (1 + 2)  # parts of what is retained
+    trained = [names[number] for number in module.datamodule.trained_classes]
+    assert "a three in ink" in trained
+    assert logged["num_generated"] == 3 * (
+        1 + 2 * ("a two beside a six" in trained)
+    )  # parts of what is retained, and has images
 
 
 def adapted(**lora: Any) -> TextToImage:

@@ -10,6 +10,18 @@ from salun_lightning.networks.head import head_of
 from salun_lightning.networks.stages import stages_of
 
 
+class Several(nn.Module):
+    """Logits, an auxiliary head of the same width, and a projection that nothing else comes out of; these were made later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logits, self.auxiliary, self.projection = nn.Linear(768, 5), nn.Linear(768, 5), nn.Linear(768, 8)
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        features = images.flatten(1)
+        return self.logits(features), self.auxiliary(features), self.projection(features)
+
+
 @pytest.mark.parametrize(
     ("network", "name"),
     [
@@ -17,19 +29,22 @@ from salun_lightning.networks.stages import stages_of
         (TorchvisionClassifier("resnet18", 5), "fc"),
         (models.VisionTransformer(16, 8, 1, 2, 16, 32, num_classes=5), "heads.head"),
         (models.SwinTransformer([2, 2], 8, [1, 1], [2, 2], [2, 2], num_classes=5), "head"),
-        (torch.compile(nn.Sequential(nn.Flatten(), nn.Linear(4, 5))), "1"),
+        (torch.compile(nn.Sequential(nn.Flatten(), nn.Linear(768, 5))), "1"),
+        (Several(), "logits"),
     ],
-    ids=["small", "resnet", "vit", "swin", "compiled"],
+    ids=["small", "resnet", "vit", "swin", "compiled", "several"],
 )
-def test_the_head_is_the_last_linear_layer(network: nn.Module, name: str) -> None:
-    found, layer = head_of(network)
+def test_the_head_is_the_layer_whose_answer_the_logits_are(network: nn.Module, name: str) -> None:
+    images = torch.rand(2, 1 if isinstance(network, SmallResNet) else 3, 16, 16)
+    found, layer = head_of(network.eval(), images)
     assert found == name
     assert layer.out_features == 5
 
 
-def test_no_head_is_said() -> None:
-    with pytest.raises(ValueError, match=r"^Sequential has no linear layer, so it is not known where its logits are made\. "):
-        head_of(nn.Sequential(nn.Conv2d(1, 1, 1)))
+@pytest.mark.parametrize("network", [nn.Sequential(nn.Flatten()), nn.Sequential(nn.Flatten(), nn.Linear(4, 2), nn.Softmax(1))])
+def test_no_head_is_said(network: nn.Module) -> None:
+    with pytest.raises(ValueError, match=r"^The logits of Sequential are the answer of no linear layer, so it is not known"):
+        head_of(network, torch.rand(2, 1, 2, 2))
 
 
 RESNET = [["layer1.0.conv1"], *([f"layer{i}.0.conv1", f"layer{i}.0.downsample.0"] for i in (2, 3, 4))]
@@ -53,9 +68,10 @@ SWIN = [["features.1.0.mlp.0"], ["features.2.reduction"], ["features.3.0.mlp.0"]
     ids=["small", "resnet", "vit", "swin"],
 )
 def test_stages_begin_where_blocks_do_and_end_with_the_head(network: nn.Module, size: int, expected: list[list[str]]) -> None:
-    stages = stages_of(network.eval(), torch.rand(2, 3, size, size))
+    images = torch.rand(2, 3, size, size)
+    stages = stages_of(network.eval(), images)
     names = [[operator.name for operator in stage] for stage in stages]
-    assert names == [*expected, [head_of(network)[0]]]
+    assert names == [*expected, [head_of(network, images)[0]]]
     assert all(operator.inputs is stage[0].inputs for stage in stages for operator in stage)
 
 

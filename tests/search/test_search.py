@@ -12,6 +12,7 @@ from salun_lightning.cli import main
 from salun_lightning.comparison.plan import Plan
 from salun_lightning.comparison.rows import ConfigFile, Row
 from salun_lightning.comparison.schedule import CellsFailed
+from salun_lightning.configurations import SHIPPED
 
 SPACE = {"model.optimizer.lr": {"low": 0.001, "high": 0.1, "log": True}, "model.method.order": ["sequential", "mixed"]}
 
@@ -95,6 +96,14 @@ def test_a_request_tries_what_was_found_for_its_task(folder: Path, capsys: pytes
         '0.01, order "sequential"',
         '0.7, order "mixed"',
     ]
+
+
+def test_a_request_tries_what_ships_for_its_task(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also where nothing of it lies in the working directory."""
+    shipped = yaml.safe_load((SHIPPED / "digits" / "tuned" / "salun.yaml").read_text())
+    search("--methods", "salun", "--trials", "2", "--cases", "tenth")
+    second = trials(capsys.readouterr().out)[1]
+    assert f'lr {shipped["model.optimizer.lr"]}, order "{shipped["model.method.order"]}"' in second
 
 
 def test_a_search_that_was_stopped_goes_on(

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from salun_lightning.search.space import Choices, Range, Space, grid, reaching, spread
+from salun_lightning.search.space import Choices, Range, Space, grid, reaching, read_space, spread
 from salun_lightning.search.trials import WORST, Claimed, Trials, open_journal
 
 ROOT = Path(__file__).parents[2]
@@ -193,6 +193,40 @@ def test_what_fails_counts_and_is_tried_again_when_the_command_is(tmp_path: Path
     opened = trials(tmp_path, budget=3)
     assert not opened.finished
     assert run(opened) == [failed.options]
+
+
+def test_what_failed_is_not_tried_again_by_a_process_that_comes_later(tmp_path: Path) -> None:
+    """Both count alike, so that the budget is one for all of them."""
+    first = trials(tmp_path, budget=4)
+    run(first, limit=1)
+    failed = failing(first)
+    running = first.claim()
+    assert running is not None
+    second = trials(tmp_path, budget=4)
+    assert len(first.counted()) == len(second.counted()) == 3
+    tried = run(second)
+    assert len(tried) == 1
+    assert failed.options not in tried
+    first.end(running, [1.0], 1, {})
+    assert first.finished
+    assert second.finished
+
+
+def test_what_is_known_may_be_written_in_another_way(tmp_path: Path) -> None:
+    """10.0 in a file is the 10 of the space."""
+    space: Space = {"weight": Choices((1, 10, 50))}
+    known = [{"weight": 1}, {"weight": 10.0}]
+    opened = Trials(open_journal(tmp_path / "journal.log"), "a method", reaching(space, known), known, 3, tmp_path / "trials")
+    tried = []
+    while (claimed := opened.claim()) is not None:
+        opened.end(claimed, [1.0], 1, {})
+        tried.append(claimed.options["weight"])
+    assert sorted(tried) == [1, 10, 50]
+
+
+def test_choices_that_are_lists() -> None:
+    space = read_space({"rates": [[0.1, 1.0], [0.2]]}, {"rates": [0.1, 1.0]})
+    assert space == {"rates": Choices(([0.1, 1.0], [0.2]))}
 
 
 def test_where_the_default_settings_fail_no_others_are_tried(tmp_path: Path) -> None:
