@@ -6,7 +6,8 @@ from salun_lightning.data.concepts import ConceptDataModule
 from salun_lightning.data.datamodule import ForgetRetainDataModule, Sources
 from salun_lightning.data.digits import DigitPromptsDataModule, DigitsDataModule
 from salun_lightning.data.drawn import DrawnImages
-from salun_lightning.data.forget import ForgetClasses, ForgetConcepts, ForgetIndices, ForgetRandom, ForgetRequest
+from salun_lightning.data.forget import ForgetClasses, ForgetIndices, ForgetRandom, ForgetRequest
+from salun_lightning.data.forget_concepts import ForgetConcepts
 from salun_lightning.data.image_folder import ImageFolderDataModule
 from salun_lightning.data.order import Order, epoch_seed, run_seed
 from salun_lightning.data.samples import ImageTensors, Samples, joined

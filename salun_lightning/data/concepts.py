@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from salun_lightning.data.datamodule import ForgetRetainDataModule, Sources
 from salun_lightning.data.drawn import TABLE, DrawnImages
-from salun_lightning.data.forget import named
+from salun_lightning.data.forget_concepts import named
 from salun_lightning.data.images import check_images, read_image
 
 IMAGENETTE = {  # the folders of Imagenette, what they show, and the class of ImageNet

@@ -31,7 +31,7 @@ class AMUN(Method):
     shuffles all three sets together.
 
     Args:
-        radius: Radius of the first ball, in the L2 distance of images from 0 to 1; not tuned.
+        radius: Radius of the first ball, in the L2 distance of images from 0 to 1.
         doublings: How often the radius is doubled at most; not tuned. A sample that keeps its class comes without an
             adversarial image; training starts with a line that counts these.
         steps: Steps of ascent in each ball.

@@ -106,9 +106,7 @@ class UnlearningModule(LightningModule, ABC):
     @property
     def num_classes(self) -> int:
         """The number of classes, as the datamodule has it."""
-        if not hasattr(self.datamodule, "num_classes"):
-            raise MisconfigurationException("The number of classes is not known: give the datamodule an attribute num_classes.")
-        return int(self.datamodule.num_classes)
+        return _num_classes(self.datamodule)
 
     @override
     def configure_callbacks(self) -> list[Callback]:
@@ -229,9 +227,14 @@ class UnlearningModule(LightningModule, ABC):
     @override
     def configure_optimizers(self) -> Any:
         optimizer = self.make_optimizer(parameter for parameter in self.parameters() if parameter.requires_grad)
-        if self.make_lr_scheduler is None:
-            return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": _schedule(self, self.make_lr_scheduler(optimizer))}
+        make = self.make_lr_scheduler
+        return optimizer if make is None else {"optimizer": optimizer, "lr_scheduler": _schedule(self, make(optimizer))}
+
+
+def _num_classes(data: Any) -> int:
+    if not hasattr(data, "num_classes"):
+        raise MisconfigurationException("The number of classes is not known: give the datamodule an attribute num_classes.")
+    return int(data.num_classes)
 
 
 def _schedule(module: UnlearningModule, scheduler: Any) -> dict[str, Any]:

@@ -127,11 +127,8 @@ class Trials:
     def _begun(self, again: bool) -> "list[FrozenTrial]":
         """The trials that have settings: those that count, or those whose settings are to be tried again."""
         forgiven = self.study.user_attrs.get("forgiven", [])
-        return [
-            trial
-            for trial in self._all()
-            if "options" in trial.user_attrs and (trial.state.name == "FAIL" or trial.number in forgiven) == again
-        ]
+        begun = (trial for trial in self._all() if "options" in trial.user_attrs)
+        return [trial for trial in begun if (trial.state.name == "FAIL" or trial.number in forgiven) == again]
 
     def running(self) -> "list[FrozenTrial]":
         """The trials that some process runs."""
@@ -230,15 +227,9 @@ class Trials:
     def _drop_dead(self) -> None:
         """Mark the trials whose process is no more."""
         for trial in self._all():
-            if trial.state.name != "RUNNING":
-                continue
-            if "options" in trial.user_attrs:
-                try:
-                    held = FileLock(f"{self._place(trial.user_attrs['options'])}.lock").acquire(blocking=False)
-                except Timeout:
-                    continue
-                held.lock.release()
-            self._void(trial.number)
+            place = self._place(trial.user_attrs["options"]) if "options" in trial.user_attrs else None
+            if trial.state.name == "RUNNING" and (place is None or _is_free(place)):
+                self._void(trial.number)
 
     def _next(self, counted: "list[FrozenTrial]") -> "tuple[Trial, dict[str, Any]]":
         """A new trial, and the settings it is to try."""
@@ -282,6 +273,16 @@ class Trials:
 
     def _place(self, options: Mapping[str, Any]) -> Path:
         return self.folder / digest(options)
+
+
+def _is_free(place: Path) -> bool:
+    """Whether no process runs the trial of a place."""
+    try:
+        held = FileLock(f"{place}.lock").acquire(blocking=False)
+    except Timeout:
+        return False
+    held.lock.release()
+    return True
 
 
 def _sampler(seed: int) -> "optuna.samplers.BaseSampler":
