@@ -53,8 +53,8 @@ def pgd(predict: Predict, images: Tensor, targets: Tensor, radius: Tensor, steps
 
 
 def _checked(images: Tensor) -> Tensor:
-    """Images in [0, 1]: others would not stay where they are."""
-    if images.numel() and (images.min() < 0 or images.max() > 1):
+    """Images in [0, 1], up to what scaling may add: others would not stay where they are."""
+    if images.numel() and (images.min() < -0.1 or images.max() > 1.1):
         raise ValueError(
             "Adversarial images lie in [0, 1], but these are normalised: they go from"
             f" {images.min():.2f} to {images.max():.2f}. Normalise in the network, with salun_lightning.networks.Normalize."

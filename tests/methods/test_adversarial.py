@@ -44,7 +44,7 @@ def test_fgsm_moves_each_pixel_by_the_step() -> None:
     assert set(fgsm(predict, images, torch.tensor([0, 1]), 9.0).unique().tolist()) == {0.0, 1.0}
 
 
-@pytest.mark.parametrize("images", [torch.full((2, 3, 2, 2), -0.1), torch.full((2, 3, 2, 2), 1.5)])
+@pytest.mark.parametrize("images", [torch.full((2, 3, 2, 2), -0.2), torch.full((2, 3, 2, 2), 1.5)])
 def test_images_that_were_normalised_are_refused(images: torch.Tensor) -> None:
     """They would be cut off at 0 and 1, whatever the step."""
     targets = torch.tensor([0, 1])
