@@ -82,12 +82,13 @@ class ClipScore(Callback):
 
 def _read(model: str) -> tuple[Any, Any]:
     need_transformers("A CLIP score needs")
+    from safetensors import SafetensorError
     from transformers import CLIPModel, CLIPProcessor
 
     try:
         with silent_diffusers():
             read = CLIPModel.from_pretrained(model, use_safetensors=True), CLIPProcessor.from_pretrained(model)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(
             f"'{model}' cannot be read as a model of CLIP: {reason(error)}. Give a directory that transformers has saved,"
             " or a name on the hub that can be reached."

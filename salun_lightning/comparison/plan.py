@@ -142,7 +142,8 @@ class Plan:
 
         Raises:
             ValueError: ``fit`` does not accept the settings of a row; a row starts from an original model, and there is no row
-                called ``original``; a row has options for a case that is not there; or two cells would share a folder.
+                called ``original``; a row has options for a case that is not there; a seed is one that options were searched
+                with; or two cells would share a folder.
         """
         for name, row in rows.items():
             unknown = sorted({*row.cases, *row.only} - set(map(str, cases)))
@@ -175,7 +176,9 @@ class Plan:
         files = [*self.task, *own.files, *row.files]
         if self.tuned:
             found = [beside([*self.task, *own.files], f"tuned/{Path(file).stem}") for file in row.files]
-            files += [ConfigFile(str(file)) for file in dict.fromkeys(found) if file is not None and str(file) not in files]
+            tuned = [file for file in dict.fromkeys(found) if file is not None and str(file) not in files]
+            _check_pilots(tuned, seed)
+            files += [ConfigFile(str(file)) for file in tuned]
         options = {**self.options, **own.options, **row.options, **row.cases.get(case, {})}
         place = folder / "-".join(["seed", str(seed), *([slug(case)] if case else [])])
         return self._cell(name, seed, case, Row(files, options), place, self.originals)
@@ -251,3 +254,14 @@ def slug(name: str) -> str:
         'salun-random-mask'
     """
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def _check_pilots(files: Sequence[Path], seed: int) -> None:
+    """Refuse a seed that what a search has found was found with: it would flatter."""
+    for file in files:
+        pilots = re.search(r"^# .* pilot seeds? ([\d, ]+):", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        if pilots and str(seed) in pilots[1].split(", "):
+            raise ValueError(
+                f"Seed {seed} is one of those that the values of '{file}' were searched with: its figures would flatter. Give"
+                " other seeds, or 'tuned: false'."
+            )

@@ -82,6 +82,10 @@ def test_what_is_found_is_written_and_taken_by_comparisons(folder: Path, capsys:
     assert trials(capsys.readouterr().out) == []
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
+    with pytest.raises(
+        ValueError, match=r"Seed 100 is one of those that the values of '.*tenth/tuned/labels\.yaml' were searched w"
+    ):
+        main(["compare", "-c", "small.yaml", "--tuned", "true", "--only", "Labels", "--seeds", "[1, 100]"])
     report = main(["compare", "-c", "small.yaml", "--tuned", "true", "--only", "Labels"])
     commands = {cell["case"]: cell["command"] for cell in report["cells"] if cell["row"] == "Labels"}
     assert "--config tenth.yaml --config labels.yaml --config tenth/tuned/labels.yaml" in commands["tenth"]
