@@ -25,6 +25,8 @@ class Linear:
     def task_loss(self, samples: Samples) -> Tensor:
         return functional.cross_entropy(samples.inputs @ self.weight.T, samples.targets)
 
+    unlearned_loss = task_loss
+
 
 def some_samples(count: int, seed: int, first: int = 0) -> Samples:
     generator = torch.Generator().manual_seed(seed)

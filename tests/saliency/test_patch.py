@@ -1,6 +1,5 @@
 """Patches: what comes out is what was trained, and what was there comes back, bit for bit."""
 
-import itertools
 from pathlib import Path
 from typing import Any
 
@@ -126,16 +125,17 @@ def test_rounded_runs_one_after_the_other() -> None:
 
 
 def test_three_patches_of_differences_are_composed_from_the_end() -> None:
-    states = [network()]
+    now, patches = network(), []
     for seed in (1, 2, 3):
-        states.append(moved(states[-1], seed))
-    first, second, third = (Patch.between(a, b, torch.bfloat16) for a, b in itertools.pairwise(states))
+        patches.append(Patch.between(now, moved(now, seed), torch.bfloat16))
+        patches[-1].apply(now)
+    first, second, third = patches
     with pytest.raises(ValueError, match=r"is not known, .* 'first\.then\(second\.then\(third\)\)'"):
         first.then(second).then(third)
     together, start = first.then(second.then(third)), network()
     together.apply(start)
     for name, tensor in state(start).items():
-        torch.testing.assert_close(tensor, state(states[-1])[name], atol=0.02, rtol=0)
+        torch.testing.assert_close(tensor, state(now)[name], atol=0.02, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
