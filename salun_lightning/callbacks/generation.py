@@ -14,6 +14,7 @@ from typing_extensions import override
 from salun_lightning.callbacks.requests import ImageRequests, Requested
 from salun_lightning.data import ForgetClasses
 from salun_lightning.data.order import FixedOrder
+from salun_lightning.data.targets import retained_classes
 from salun_lightning.evidence.measures import judged, right
 from salun_lightning.evidence.predictions import Predictions, Recorder
 from salun_lightning.metrics import Distribution
@@ -249,6 +250,5 @@ def _forgotten(trainer: Trainer) -> list[int]:
 
 def _retained(trainer: Trainer, targets: Tensor) -> Tensor:
     """Which are retained, and have images that they can be compared with."""
-    forgotten, data = _forgotten(trainer), trainer.datamodule  # type: ignore[attr-defined]
-    retained = [n for n in getattr(data, "trained_classes", range(len(_names(trainer)))) if n not in forgotten]
+    retained = retained_classes(trainer.datamodule, len(_names(trainer)))  # type: ignore[attr-defined]
     return torch.isin(targets, torch.tensor(retained, dtype=torch.int64, device=targets.device))

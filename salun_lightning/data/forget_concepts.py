@@ -41,10 +41,9 @@ class ForgetConcepts(ForgetRequest):
         if len({concept.casefold() for concept in self.concepts}) < len(concepts):
             raise ValueError(f"A concept is named twice: {', '.join(concepts)}. Give it once, with one anchor.")
         for concept, anchor in self.concepts.items():
-            named = next((other for other in self.concepts if mentions(anchor, other)), None)
-            if named is not None:
+            for other in named(anchor, self.concepts):
                 raise ValueError(
-                    f"The anchor '{anchor}' of '{concept}' names '{named}', which is to be forgotten. Give another."
+                    f"The anchor '{anchor}' of '{concept}' names '{other}', which is to be forgotten. Give another."
                 )
 
     @override

@@ -121,3 +121,14 @@ def class_numbers(values: Any) -> Tensor:
 
 _ONE_HOT = "The targets are one-hot rows. Give the number of the class of each sample, as argmax(1) has it."
 _SEVERAL = "There are several labels a sample. Only one class a sample can be trained; give one number each."
+
+
+def retained_classes(data: Any, count: int) -> list[int]:
+    """The classes that a datamodule trains on and does not forget whole, ascending.
+
+    Args:
+        data: The datamodule; one of another project may tell neither.
+        count: The number of classes.
+    """
+    forgotten = getattr(data, "forgotten_classes", [])
+    return [number for number in getattr(data, "trained_classes", range(count)) if number not in forgotten]

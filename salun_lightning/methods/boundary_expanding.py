@@ -75,8 +75,7 @@ class BoundaryExpanding(Method):
     def loss(self, module: "UnlearningModule", batch: Mapping[str, Samples]) -> Tensor:
         forget, self._features = part(batch, "forget", self), None
         logits, features = cast("ImageClassifier", module).logits(forget.inputs), self._features
-        if features is None or features.ndim != 2:
-            raise ValueError(_NO_HEAD)
+        assert features is not None
         assert self._extra is not None
         wider = torch.cat([logits, self._extra(features)], dim=1)
         return functional.cross_entropy(wider, torch.full_like(forget.targets, logits.shape[1]))
@@ -94,9 +93,3 @@ class BoundaryExpanding(Method):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict
-
-
-_NO_HEAD = (
-    "BoundaryExpanding adds a class to the linear layer that the logits come out of, but the last linear layer of this network"
-    " does not give its logits. Choose another method, such as BoundaryShrink."
-)

@@ -18,6 +18,7 @@ from typing_extensions import override
 from salun_lightning.callbacks import GenerationEvaluator
 from salun_lightning.callbacks.requests import Requested
 from salun_lightning.data import Samples
+from salun_lightning.data.targets import retained_classes
 from salun_lightning.evidence.predictions import Predictions
 from salun_lightning.methods.base import Kind
 from salun_lightning.modules.base import UnlearningModule, set_name
@@ -127,9 +128,8 @@ class Diffusion(UnlearningModule):
 
     @override
     def setup(self, stage: str) -> None:
-        forgotten = getattr(self.datamodule, "forgotten_classes", [])
         self.trained_classes: list[int] = getattr(self.datamodule, "trained_classes", [*range(self.num_classes)])
-        retained = torch.tensor([n for n in self.trained_classes if n not in forgotten], dtype=torch.int64)
+        retained = torch.tensor(retained_classes(self.datamodule, self.num_classes), dtype=torch.int64)
         self.register_buffer("retained_classes", retained, persistent=False)  # which follows to the device
         super().setup(stage)
 

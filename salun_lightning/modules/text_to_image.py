@@ -12,7 +12,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from typing_extensions import override
 
-from salun_lightning.data.datamodule import ForgetRetainDataModule
+from salun_lightning.data import ForgetRetainDataModule
 from salun_lightning.methods.base import Kind
 from salun_lightning.modules.diffusion import Diffusion
 from salun_lightning.modules.latent_cache import LatentCache
