@@ -43,7 +43,7 @@ class GenerationEvaluator(Callback):
         features: Maps images (B, C, H, W) in [0, 1] to features (B, D); ``classifier`` takes what the last linear layer of the
             classifier sees. By default Inception with 2,048 features, as in the FID of torchmetrics, which needs
             ``pip install torch-fidelity`` and downloads weights.
-        neighbours: For precision and recall, see ``manifold_precision_recall``.
+        neighbours: For precision and recall, see ``manifold_precision_recall``; None leaves these out.
 
     Raises:
         ValueError: A number is not positive, or the features are to be the classifier's, and there is none, or it has no linear
@@ -65,7 +65,7 @@ class GenerationEvaluator(Callback):
         classifier: nn.Module | None = None,
         weights: str | os.PathLike[str] | None = None,
         features: Literal["classifier"] | nn.Module | None = None,
-        neighbours: int = 3,
+        neighbours: int | None = 3,
     ) -> None:
         super().__init__()
         if not per_condition or min(per_condition if isinstance(per_condition, list) else [per_condition]) < 1:

@@ -87,20 +87,15 @@ def save_images(images: Mapping[int, Mapping[int, Tensor]], path: Path) -> None:
     """Save a picture of generated images, if there are any: a row for each class, a pixel apart.
 
     Args:
-        images: uint8 (C, H, W), by class and number; a class of which there are fewer leaves places empty.
+        images: uint8 (C, H, W), by class and number; as many of each are shown as there are of all.
         path: Where to.
     """
     if images:
-        rows = [[numbered[index] for index in sorted(numbered)] for numbered in images.values()]
-        width, empty = max(map(len, rows)), torch.full_like(rows[0][0], 127)
-        grid = make_grid(
-            torch.stack([image for row in rows for image in (*row, *[empty] * (width - len(row)))]),
-            nrow=width,
-            padding=1,
-            pad_value=127,
-        )
+        width = min(map(len, images.values()))
+        shown = [numbered[index] for numbered in images.values() for index in sorted(numbered)[:width]]
+        grid = make_grid(torch.stack(shown), nrow=width, padding=1, pad_value=127)
         path.parent.mkdir(parents=True, exist_ok=True)
-        to_pil_image(grid[:1] if len(rows[0][0]) == 1 else grid).save(path)  # it makes grey images coloured
+        to_pil_image(grid[:1] if len(shown[0]) == 1 else grid).save(path)  # it makes grey images coloured
 
 
 def _png(image: Tensor) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from salun_lightning.cli import program
 from salun_lightning.comparison.rows import ConfigFile, Row, Source, row_of
 from salun_lightning.comparison.settings import SettingsReader
+from salun_lightning.comparison.tuned import check_seed
 from salun_lightning.configurations import beside, shown
 from salun_lightning.files import read_json, tensors_fault
 
@@ -177,7 +178,7 @@ class Plan:
         if self.tuned:
             found = [beside([*self.task, *own.files], f"tuned/{Path(file).stem}") for file in row.files]
             tuned = [file for file in dict.fromkeys(found) if file is not None and str(file) not in files]
-            _check_pilots(tuned, seed)
+            check_seed(seed, tuned)
             files += [ConfigFile(str(file)) for file in tuned]
         options = {**self.options, **own.options, **row.options, **row.cases.get(case, {})}
         place = folder / "-".join(["seed", str(seed), *([slug(case)] if case else [])])
@@ -254,14 +255,3 @@ def slug(name: str) -> str:
         'salun-random-mask'
     """
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
-def _check_pilots(files: Sequence[Path], seed: int) -> None:
-    """Refuse a seed that what a search has found was found with: it would flatter."""
-    for file in files:
-        pilots = re.search(r"^# .* pilot seeds? ([\d, ]+):", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
-        if pilots and str(seed) in pilots[1].split(", "):
-            raise ValueError(
-                f"Seed {seed} is one of those that the values of '{file}' were searched with: its figures would flatter. Give"
-                " other seeds, or 'tuned: false'."
-            )

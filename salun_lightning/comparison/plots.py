@@ -86,15 +86,15 @@ def _figure(name: str, results: Results, row: str, run: Any, table: Table) -> fl
 
 def _draw_samples(plt: Any, cells: Sequence[Cell]) -> None:
     """A panel for each model, a row for each class; the same place is the same noise."""
-    results = [cell.result or {} for cell in cells]
+    results, pictures = [cell.result or {} for cell in cells], [plt.imread(cell.samples) for cell in cells]
     names, forgotten = results[0]["sampled_classes"], results[0]["forgotten_classes"]
-    size = (2.1 * len(cells), 0.32 * len(names) + 0.6)
-    _, (axes,) = plt.subplots(1, len(cells), figsize=size, squeeze=False, gridspec_kw={"wspace": 0.3})
-    for axis, cell, result in zip(axes, cells, results, strict=True):
-        picture = plt.imread(cell.samples)
-        height = picture.shape[0] / len(names)
+    tall, wide = pictures[0].shape[:2]
+    height = tall / len(names)
+    size = ((0.32 * wide / height + 0.6) * len(cells), 0.32 * len(names) + 0.6)
+    _, (axes,) = plt.subplots(1, len(cells), figsize=size, squeeze=False, gridspec_kw={"wspace": 0.6 * height / (0.32 * wide)})
+    for axis, cell, picture, result in zip(axes, cells, pictures, results, strict=True):
         axis.imshow(picture, cmap="gray", interpolation="nearest", aspect="auto")
-        axis.set_title(cell.row, fontsize=10)
+        axis.set_title(cell.row.replace(", ", ",\n"), fontsize=10)
         axis.set_xticks([])
         axis.set_yticks([(i + 0.5) * height - 0.5 for i in range(len(names))], names if axis is axes[0] else [])
         axis.tick_params(length=0, labelsize=9)
@@ -104,9 +104,9 @@ def _draw_samples(plt: Any, cells: Sequence[Cell]) -> None:
                 style = {"color": "red", "weight": "bold"} if name in forgotten else {}
                 place = (1.03, 1 - (i + 0.5) / len(names))
                 axis.text(*place, f"{accuracy:.0f}", transform=axis.transAxes, fontsize=8, va="center", **style)
+                axes[0].set_ylabel("class (right: % recognised)", fontsize=9)
         for spine in axis.spines.values():
             spine.set_visible(False)
     for label in axes[0].get_yticklabels():
         if label.get_text() in forgotten:
             label.set(color="red", weight="bold")
-    axes[0].set_ylabel("class (right: % recognised)", fontsize=9)

@@ -32,7 +32,8 @@ class Distribution(Metric):
       conditions against the same images; ``num_test``: how many these are
 
     Args:
-        neighbours: For precision and recall, see ``manifold_precision_recall``.
+        neighbours: For precision and recall, see ``manifold_precision_recall``; None leaves these out, whose time grows with
+            the square of the number of images.
 
     Raises:
         ValueError: ``neighbours`` is not positive.
@@ -46,9 +47,9 @@ class Distribution(Metric):
     held_out: list[Tensor] | Tensor
     generated: list[Tensor] | Tensor
 
-    def __init__(self, neighbours: int = 3) -> None:
+    def __init__(self, neighbours: int | None = 3) -> None:
         super().__init__()
-        if neighbours < 1:
+        if neighbours is not None and neighbours < 1:
             raise ValueError(f"neighbours must be positive, got {neighbours}.")
         self.neighbours = neighbours
         for kind in ("real", "held_out", "generated"):
@@ -85,22 +86,24 @@ class Distribution(Metric):
     def _compared(self, real: Tensor, generated: Tensor) -> dict[str, Tensor]:
         fewest = min(len(real), len(generated))
         results = {"num_real": torch.tensor(len(real)), "num_generated": torch.tensor(len(generated))}
-        if fewest <= self.neighbours:
+        if fewest <= (self.neighbours or 1):  # a covariance needs two
             return results
+        measured = ("FID", "KID", *(("precision", "recall") if self.neighbours is not None else ()))
         if not (real.isfinite().all() and generated.isfinite().all()):  # LAPACK would end the process
-            return results | dict.fromkeys(("FID", "KID", "precision", "recall"), torch.tensor(torch.nan))
+            return results | dict.fromkeys(measured, torch.tensor(torch.nan))
         with warnings.catch_warnings(), isolate_rng():
             warnings.filterwarnings("ignore", message=".*will save all extracted features")
             torch.manual_seed(0)  # of the subsets of KID
             kid = KernelInceptionDistance(_Given(real.shape[1]), subset_size=min(_KID_SUBSET, fewest), sync_on_compute=False)
             results |= {"FID": _fid(real, generated), "KID": _distance(kid, real, generated)[0]}
-        results["precision"], results["recall"] = manifold_precision_recall(real, generated, self.neighbours)
+        if self.neighbours is not None:
+            results["precision"], results["recall"] = manifold_precision_recall(real, generated, self.neighbours)
         return results
 
 
 def _held_out(real: Tensor, test: Tensor) -> dict[str, Tensor]:
     results = {"num_test": torch.tensor(len(test))}
-    if min(len(real), len(test)) > 1:  # a covariance needs two
+    if min(len(real), len(test)) > 1:
         finite = bool(real.isfinite().all() and test.isfinite().all())
         results["FID_real"] = _fid(real, test) if finite else torch.tensor(torch.nan)
     return results

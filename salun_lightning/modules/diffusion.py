@@ -60,6 +60,7 @@ class Diffusion(UnlearningModule):
         min_snr: Weighs each timestep as Hang et al. (ICCV 2023) do, with their gamma; None weighs all alike.
         sampling: How images are sampled.
         evaluation: Samples images in ``test`` and measures them; it also says which images ``predict`` samples.
+        test_loss: Whether ``test`` measures the noise-prediction error, which takes a pass over all images.
         gradient_checkpointing: Whether the network computes activations again in the backward pass, which saves memory.
         optimizer: Makes the optimizer from the parameters.
         **kwargs: See ``UnlearningModule``.
@@ -83,6 +84,7 @@ class Diffusion(UnlearningModule):
         min_snr: float | None = None,
         sampling: Sampling = Sampling(),  # noqa: B008  # frozen
         evaluation: GenerationEvaluator | None = None,
+        test_loss: bool = True,
         gradient_checkpointing: bool = False,
         optimizer: OptimizerCallable = lambda p: torch.optim.Adam(p, lr=2e-4),
         **kwargs: Any,
@@ -97,6 +99,7 @@ class Diffusion(UnlearningModule):
         self.label_dropout = label_dropout
         self.sampling = sampling
         self.evaluation = evaluation
+        self.test_loss = test_loss
         _checkpoint_gradients(network, gradient_checkpointing)
 
     @abstractmethod
@@ -214,25 +217,24 @@ class Diffusion(UnlearningModule):
         return self.decode(run(self.scheduler, self._toward(targets, None, original), noise, own)).clamp(0, 1)
 
     def partly_sampled(self, targets: Tensor, guidance: float, steps: int) -> tuple[Tensor, Tensor]:
-        """Noisy images from which the original model has still some way to go; see ``part_way``.
-
-        It starts from noise, draws images of the classes (B,), and stops after a random number of ``steps``.
-        """
+        """Where the original model is on its way to images of classes (B,), after some of the ``steps``; see ``part_way``."""
         shape = (len(targets), *self.latent_shape)
         return part_way(self.ddim, self._toward(targets, guidance, original=True), shape, steps, self.device)
 
     @override
     def validation_step(self, samples: Samples, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._log_loss("val", self.trainer.val_dataloaders, dataloader_idx, samples)
+        self._log_loss("val", set_name(self, self.trainer.val_dataloaders, dataloader_idx), samples)
 
     @override
     def test_step(self, samples: Samples, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
-        return {"set": self._log_loss("test", self.trainer.test_dataloaders, dataloader_idx, samples)}
+        name = set_name(self, self.trainer.test_dataloaders, dataloader_idx)
+        if self.test_loss:
+            self._log_loss("test", name, samples)
+        return {"set": name}
 
-    def _log_loss(self, stage: str, loaders: Any, number: int, samples: Samples) -> str:
-        name, loss, size = set_name(self, loaders, number), self.seeded_loss(samples), len(samples.targets)
+    def _log_loss(self, stage: str, name: str, samples: Samples) -> None:
+        loss, size = self.seeded_loss(samples), len(samples.targets)
         self.log(f"{stage}/{name}/loss", loss, add_dataloader_idx=False, batch_size=size, on_epoch=True, sync_dist=True)
-        return name
 
     @override
     def predict_dataloader(self) -> dict[str, DataLoader[Requested]]:

@@ -14,6 +14,7 @@ from salun_lightning.comparison.figures import Figures
 from salun_lightning.comparison.plan import Cell, Plan, slug
 from salun_lightning.comparison.rows import Row, Source
 from salun_lightning.comparison.schedule import Schedule
+from salun_lightning.comparison.tuned import WRITTEN, heading
 from salun_lightning.configurations import beside, tuned_folder
 from salun_lightning.evidence.gaps import average_gap
 from salun_lightning.files import digest, set_aside, write_text
@@ -22,8 +23,6 @@ from salun_lightning.search.trials import WORST, Claimed, Trials
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
-
-_WRITTEN = "# Written by: "
 
 
 @dataclass(frozen=True)
@@ -186,18 +185,14 @@ class MethodSearch:
         best, trials = self.trials.best, self.trials
         if best is None or best.value is None or best.value >= WORST:
             return
-        default = trials.default_gap
         options = best.user_attrs["options"]
-        seeds = " ".join(map(str, self.pilot.seeds))
-        cases = "".join(f" '{case}'" for case in self.request.cases if case)
-        lines = [  # the same, whichever process writes them
-            f"# Smallest avg. gap of {len(trials.counted())} trials, pilot seed{'s' * (' ' in seeds)}"
-            f" {seeds.replace(' ', ', ')}: {best.value:.2f}"
-            + ("" if default is None else f"; default settings: {default:.2f}"),
-            f"{_WRITTEN}{self.pilot.command} --methods {self.method} --trials {self.pilot.trials} --seeds {seeds}"
-            + (f" --cases{cases}" if cases else "")
-            + (f" -- {shlex.join(self.pilot.further)}" if self.pilot.further else ""),
-        ]
+        cases = [case for case in self.request.cases if case]
+        words = ["--methods", self.method, "--trials", str(self.pilot.trials), "--seeds", *map(str, self.pilot.seeds)]
+        words += ["--cases", *cases] if cases else []
+        words += ["--", *self.pilot.further] if self.pilot.further else []
+        command = f"{self.pilot.command} {shlex.join(words)}"
+        # the same, whichever process writes them
+        lines = heading(len(trials.counted()), self.pilot.seeds, best.value, trials.default_gap, command)
         if size(trials.space) <= self.pilot.trials:
             lines.append("# These are all settings of its search space.")
         if trials.widened:
@@ -207,7 +202,7 @@ class MethodSearch:
         text = "\n".join(lines) + "\n" + yaml.safe_dump(options, sort_keys=False)
         with FileLock(f"{trials.folder}.lock"):  # other processes come to the end at the same time
             before = self.file.read_text(encoding="utf-8") if self.file.is_file() else text
-            if before != text and _WRITTEN not in before:
+            if before != text and WRITTEN not in before:
                 set_aside(self.file, "the search has found other values")
             if before != text or not self.file.is_file():
                 write_text(self.file, text)
@@ -215,7 +210,7 @@ class MethodSearch:
             "method": self.method,
             "request": self.request.name,
             "trials": len(trials.counted()),
-            "default": default,
+            "default": trials.default_gap,
             "gap": best.value,
             "options": options,
             "widened": trials.widened,

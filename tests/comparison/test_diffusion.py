@@ -256,24 +256,26 @@ def sampled(out: Path, row: str, seed: int, case: str, metrics: dict[str, float]
 def test_the_grids_are_of_the_first_seed_and_each_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from matplotlib.figure import Figure
 
-    texts, greys = {}, {}
+    texts, greys, labels = {}, {}, {}
     save = Figure.savefig
 
     def noted(figure: Figure, path: Path, **kwargs: Any) -> None:
         texts[path.name] = set(_texts(figure))
+        labels[path.name] = figure.axes[0].get_ylabel()
         greys[path.name] = [round(255 * float(axis.images[0].get_array().max())) for axis in figure.axes]
         save(figure, path, **kwargs)
 
     monkeypatch.setattr(Figure, "savefig", noted)
     metrics = {"acc/cat": 96.6}
     places = [(row, seed, case) for row in ("original", "ESD") for seed in (2, 1) for case in ("a b", "c")]
-    cells = [sampled(tmp_path, *place, metrics) for place in places if place != ("ESD", 1, "c")]
+    cells = [sampled(tmp_path, *place, {} if place[2] == "c" else metrics) for place in places if place != ("ESD", 1, "c")]
     cells += [sampled(tmp_path, "ESD", 1, "c", metrics, picture=False)]
     paths = plot_samples(cells, tmp_path)
     assert [path.name for path in paths] == ["samples-a-b.png", "samples-c.png"]
     assert all(path.is_file() for path in paths)
     assert greys == {"samples-a-b.png": [100, 100], "samples-c.png": [100]}
     assert {"original", "ESD", "cat", "97", "dog"} <= texts["samples-a-b.png"]
+    assert labels == {"samples-a-b.png": "class (right: % recognised)", "samples-c.png": ""}
     assert "ESD" not in texts["samples-c.png"]
 
 

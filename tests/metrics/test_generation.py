@@ -205,6 +205,16 @@ def test_neighbours_must_be_positive(neighbours: int) -> None:
         Distribution(neighbours=neighbours)
 
 
+def test_precision_and_recall_can_be_left_out() -> None:
+    real, generated = images(60, 0), images(30, 1, 0.2)
+    whole, part = (compare(real, generated, Distribution(neighbours=number)) for number in (3, None))
+    assert part == {name: value for name, value in whole.items() if name not in {"precision", "recall"}}
+    broken = compare(real, generated * torch.nan, Distribution(neighbours=None))
+    assert {name for name, value in broken.items() if np.isnan(value)} == {"FID", "KID"}
+    assert compare(images(2, 0), images(2, 1), Distribution(neighbours=None)).keys() == part.keys()
+    assert not compare(images(1, 0), images(2, 1), Distribution(neighbours=None)).keys() & {"FID", "KID"}
+
+
 def test_just_enough_images_to_compare() -> None:
     assert compare(images(4, 0), images(4, 1)).keys() == COMPARED
 

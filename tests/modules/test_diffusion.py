@@ -532,6 +532,13 @@ def test_test_reports_the_error_on_every_set(tmp_path: Path) -> None:
         assert metrics[f"test/{name}/loss"] == pytest.approx(forget_loss_by_hand(module, samples, 1.0).item(), rel=1e-5)
 
 
+def test_the_error_need_not_be_measured(tmp_path: Path) -> None:
+    """It takes a pass over all images; what is measured of generated ones stays the same."""
+    whole, part = (measured(diffusion(evaluation=judge(), test_loss=wanted), tmp_path) for wanted in (True, False))
+    assert part == {name: value for name, value in whole.items() if not name.startswith("test/")}
+    assert part["num_real"] > 0
+
+
 def test_the_losses_that_are_reported_repeat(tmp_path: Path) -> None:
     module = diffusion(sampling=Sampling(steps=5, guidance=2.0), label_dropout=0.5)
     first = measured(module, tmp_path)

@@ -74,7 +74,7 @@ def test_what_is_found_is_written_and_taken_by_comparisons(folder: Path, capsys:
         assert one["gap"] <= one["default"]
         assert ("These are all settings" in text) == (one["method"] == "ascent")
     assert (folder / files[1]).read_text().splitlines()[1] == (
-        "# Written by: search -c small.yaml --methods labels --trials 2 --seeds 100 --cases 'memorised' 'batches of 64'"
+        "# Written by: search -c small.yaml --methods labels --trials 2 --seeds 100 --cases memorised 'batches of 64'"
     )
     assert not list((folder / "runs/search/small/trials").glob("*/*"))  # the figures are in the journal
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.yaml")}
