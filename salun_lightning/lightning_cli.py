@@ -5,6 +5,7 @@ import os
 import shlex
 import sys
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
@@ -141,7 +142,8 @@ class UnlearningCLI(LightningCLI):
         if given == "original":
             if command == "fit":
                 raise ValueError("--ckpt_path resumes a run. What fit starts from is given with --model.original.")
-            if options.model.init_args.get("original", "its own weights") is None:
+            named = options.model.init_args.get("original", "its own weights")
+            if named is None and not getattr(resolve_name(options.model.class_path), "pretrained", False):
                 raise ValueError("There is no original model: give its checkpoint with --model.original, or with --ckpt_path.")
             options.ckpt_path = None
         elif given == "last" and command != "fit":
@@ -211,14 +213,15 @@ class UnlearningCLI(LightningCLI):
             save_on_train_epoch_end=True,
         )
         given, saliency = options.get("callbacks") or [], self._get(self.config_init, "saliency")
+        given = given if isinstance(given, list) else [given]
         kwargs["callbacks"] = [
             RefuseAccidents(),
             KeepMetrics(),
-            *(given if isinstance(given, list) else [given]),
+            *given,
             *([] if saliency is None else [saliency]),
             checkpoint,
             PredictionsWriter(),
-            ImageWriter(),
+            *([] if any(isinstance(callback, ImageWriter) for callback in given) else [ImageWriter()]),
             SavePipeline(),
         ]
         trainer = super().instantiate_trainer(**kwargs)

@@ -4,6 +4,7 @@ from argparse import ArgumentError
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
@@ -56,6 +57,12 @@ def test_test_and_predict(original: Path, judge: Path, tmp_path: Path, capsys: p
     assert len(list((tmp_path / "images" / "7-7").iterdir())) == 12
     with Image.open(tmp_path / "images" / "3-3.png") as grid:
         assert grid.size == (10 * 9 - 1, 2 * 9 - 1)
+    again = [f"--trainer.default_root_dir={tmp_path / 'after'}", "--trainer.callbacks+=ImageWriter"]
+    asked = ["--model.evaluation.per_condition=12", "--model.evaluation.conditions=3"]
+    main(["predict", *common, *asked, *again, f"--trainer.callbacks.before={tmp_path / 'images'}"])
+    with Image.open(tmp_path / "after" / "images" / "3-3.png") as grid:
+        assert grid.size == (10 * 9 - 1, 4 * 9 - 1)  # once, by the one that was given
+        assert np.array_equal(np.asarray(grid)[:8], np.asarray(grid)[9:17])  # the same model
 
 
 @pytest.mark.parametrize("scheduler", ["DDIMScheduler", "DPMSolverMultistepScheduler", "DDPMScheduler"])

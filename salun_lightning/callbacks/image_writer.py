@@ -1,5 +1,6 @@
 """What ``predict`` writes of a model that generates images."""
 
+import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -24,14 +25,24 @@ class ImageWriter(Callback):
     ``images/3-cat/00007.png`` is image 7 of class 3, ``images/3-cat.png`` the grid. Of a long name, such as a prompt, the
     beginning is there. Images of an earlier run are replaced when all are written; a folder ``images`` that holds anything else
     is set aside. What a module of another kind predicts is left alone.
+
+    Args:
+        before: The folder ``images`` of another run, such as of the original model: a grid then has a row of its images above
+            each row of those of this run, with the same numbers and from the same noise.
+
+    Raises:
+        FileNotFoundError: There is no such folder, or not all of these images in it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, before: str | os.PathLike[str] | None = None) -> None:
         super().__init__()
+        self.before = None if before is None else Path(before)
         self._names: list[str] = []
 
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.before is not None and not self.before.is_dir():
+            raise FileNotFoundError(f"There is no folder '{self.before}' with images of another run: predict them first.")
         names: list[str] = getattr(trainer.datamodule, "class_names", [])  # type: ignore[attr-defined]
         self._names = [re.sub(r"[^\w.-]+", "_", name)[:_LONGEST] for name in names]
         if trainer.is_global_zero:
@@ -57,11 +68,22 @@ class ImageWriter(Callback):
         if not trainer.is_global_zero or not unfinished.is_dir():
             return
         for folder in sorted(unfinished.iterdir()):
-            _grid(sorted(folder.iterdir())).save(folder.with_name(f"{folder.name}.png"))
+            paths = sorted(folder.iterdir())
+            _grid(paths, self._earlier(folder.name, paths)).save(folder.with_name(f"{folder.name}.png"))
         if finished.exists() and not _written_here(finished):
             set_aside(finished, "not all that it holds are images that were generated")
         replace_folder(unfinished, finished)
         rank_zero_info(f"Images: {finished}")
+
+    def _earlier(self, name: str, paths: list[Path]) -> list[Path]:
+        """The same images of the other run."""
+        if self.before is None:
+            return []
+        earlier = [self.before / name / path.name for path in paths]
+        for path in earlier:
+            if not path.is_file():
+                raise FileNotFoundError(f"There is no image '{path}' to show before its like. Predict the same images there.")
+        return earlier
 
 
 def _written_here(folder: Path) -> bool:
@@ -70,14 +92,16 @@ def _written_here(folder: Path) -> bool:
     return all(re.fullmatch(r"\d+-[^/]*(/\d{5,})?\.png", place) for place in places)
 
 
-def _grid(paths: list[Path]) -> Image.Image:
-    """Images of one size, in rows of ten, a pixel apart."""
-    images = [_opened(path) for path in paths]
-    columns, (width, height) = min(10, len(images)), images[0].size
-    rows = -(-len(images) // columns)
-    grid = Image.new(images[0].mode, (columns * (width + 1) - 1, rows * (height + 1) - 1), "white")
-    for number, image in enumerate(images):
-        grid.paste(image, (number % columns * (width + 1), number // columns * (height + 1)))
+def _grid(paths: list[Path], before: list[Path]) -> Image.Image:
+    """Images of one size, in rows of ten, a pixel apart; above each row those of before, if there are any."""
+    parts = [before, paths] if before else [paths]
+    rows = [part[start : start + 10] for start in range(0, len(paths), 10) for part in parts]
+    first = _opened(paths[0])
+    width, height = (side + 1 for side in first.size)
+    grid = Image.new(first.mode, (len(rows[0]) * width - 1, len(rows) * height - 1), "white")
+    for y, row in enumerate(rows):
+        for x, path in enumerate(row):
+            grid.paste(_opened(path), (x * width, y * height))
     return grid
 
 

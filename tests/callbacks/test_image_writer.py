@@ -111,6 +111,40 @@ def test_the_grid_holds_all_in_order(tmp_path: Path, channels: int, mode: str, n
     assert np.array_equal(pixels(tmp_path / "images" / "1-dog.png"), expected.permute(1, 2, 0).squeeze(2).numpy())
 
 
+class Inverse(Painter):
+    def predict_step(self, batch: Requested, batch_idx: int) -> dict[str, Any]:
+        painted = super().predict_step(batch, batch_idx)
+        return {**painted, "image": 255 - painted["image"]}
+
+
+@pytest.mark.parametrize("number", [1, 10, 13])
+def test_the_grid_shows_what_was_drawn_before_above_its_like(tmp_path: Path, number: int) -> None:
+    paint(tmp_path / "original", number + 2)
+    paint(tmp_path / "after", number, Inverse(), callbacks=[ImageWriter(tmp_path / "original" / "images")])
+    paint(tmp_path / "alone", number, Inverse())
+    before, after = (pixels(tmp_path / run / "images" / "0-cat.png") for run in ("original", "alone"))
+    both = pixels(tmp_path / "after" / "images" / "0-cat.png")
+    assert both.shape == (12 * -(-number // 10) - 1, 7 * min(10, number) - 1)
+    shown = {number: (both[top - 6 : top - 1], both[top : top + 5]) for number, top in enumerate(range(6, len(both), 12))}
+    for row, (above, below) in shown.items():
+        width = 7 * min(10, number - 10 * row) - 1
+        assert np.array_equal(below, after[6 * row : 6 * row + 5])
+        assert np.array_equal(above[:, :width], before[6 * row : 6 * row + 5, :width])
+        assert (above[:, width:] == 255).all()
+        assert np.array_equal(above[:, :6], 255 - below[:, :6])
+    images = [{name: text for name, text in written(tmp_path / run).items() if "/0000" in name} for run in ("after", "alone")]
+    assert images[0] == images[1]
+
+
+def test_images_to_show_before_that_are_not_there(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"There is no folder '.*nothing' with images of another run: predict them f"):
+        paint(tmp_path / "after", 2, callbacks=[ImageWriter(tmp_path / "nothing")])
+    paint(tmp_path, 1)
+    with pytest.raises(FileNotFoundError, match=r"There is no image '.*00001\.png' to show before its like\. Predict the same"):
+        paint(tmp_path / "after", 2, callbacks=[ImageWriter(tmp_path / "images")])
+    assert not (tmp_path / "after" / "images").exists()
+
+
 def test_a_later_run_replaces_all_of_an_earlier_one(tmp_path: Path) -> None:
     paint(tmp_path, 4)
     (tmp_path / "images" / "9-gone").mkdir()

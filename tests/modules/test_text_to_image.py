@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -23,6 +24,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from lightning.pytorch import LightningDataModule
+from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from salun_lightning.callbacks import GenerationEvaluator
@@ -379,6 +381,29 @@ def test_a_concept_is_forgotten_from_the_command_line(tmp_path: Path, monkeypatc
     assert 0.2 * total < moved <= total // 2
     again = TextToImage.load_from_checkpoint(tmp_path / "erased" / "checkpoints" / "last.ckpt")
     assert same(weights(again.network), after)
+
+    asked = ["--model.evaluation.per_condition=2", "--model.evaluation.conditions=[a seven, an eight]"]
+    common = [
+        "predict",
+        "-c",
+        "digits_text",
+        "-c",
+        "method/salun_concept",
+        f"--model.pipeline={pipeline}",
+        "--model.original=null",
+        *asked,
+        *once[1:],
+    ]
+    main([*common, "--ckpt_path=original", "--trainer.default_root_dir=drawn"])  # the pipeline itself
+    module = started(TextToImage(str(pipeline), sampling=Sampling(steps=10, guidance=4.0)), digits(), tmp_path / "module")
+    images = (255 * module.sample(torch.tensor([7, 7]), torch.arange(2))).round()[:, 0]
+    shown = np.stack([np.asarray(Image.open(f"drawn/images/7-a_seven/0000{n}.png")) for n in range(2)])
+    assert np.abs(shown - images.numpy()).max() <= 1  # a batch of other images beside them rounds otherwise
+    compared = ["--trainer.callbacks=ImageWriter", "--trainer.callbacks.before=drawn/images"]
+    main([*common, "--ckpt_path=erased/checkpoints/last.ckpt", "--trainer.default_root_dir=erased", *compared])
+    grid = np.asarray(Image.open("erased/images/7-a_seven.png"))
+    assert np.array_equal(grid[:8], np.asarray(Image.open("drawn/images/7-a_seven.png")))
+    assert not np.array_equal(grid[:8], grid[9:])
 
 
 def test_the_parts_that_prompts_ask_for_are_judged(tmp_path: Path) -> None:
