@@ -18,7 +18,7 @@ from salun_lightning.comparison.tuned import WRITTEN, heading
 from salun_lightning.configurations import beside, tuned_folder
 from salun_lightning.evidence.gaps import average_gap
 from salun_lightning.files import digest, set_aside, write_text
-from salun_lightning.search.space import Choices, reaching, read_space, size
+from salun_lightning.search.space import Choices, default_of, reaching, read_space, size
 from salun_lightning.search.trials import WORST, Claimed, Trials
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ class MethodSearch:
             raise ValueError(f"Method '{method}': {error}") from error
         # what the trials of another day came to is only taken up if nothing has changed since
         wanted = [cell.key for cell in pilot.plan.cells if cell.row == pilot.reference and cell.case in request.cases]
-        first = [{option: values[option] for option in space}]
+        first = [{option: default_of(option, values) for option in space}]
         others = [task for task in pilot.plan.task if tuned_folder(task) != self.file.parent]
         for other in filter(None, (beside([task], f"tuned/{method}") for task in others)):  # found for the task: worth a trial
             there = yaml.safe_load(other.read_text(encoding="utf-8")) or {}

@@ -157,9 +157,7 @@ def read_space(found: Any, defaults: Mapping[str, Any]) -> Space:
         )
     space: Space = {}
     for option, values in found.items():
-        if option not in defaults:
-            raise ValueError(f"Its search space names '{option}', which is no option of this run. Correct it under 'search'.")
-        default = defaults[option]
+        default = default_of(option, defaults)
         if isinstance(values, list) and values:
             space[option] = Choices(()).reaching([default, *values])
         elif isinstance(values, Mapping) and {"low", "high"} <= values.keys() <= {"low", "high", "log"}:
@@ -167,6 +165,24 @@ def read_space(found: Any, defaults: Mapping[str, Any]) -> Space:
         else:
             raise ValueError(f"Its search space for '{option}' is '{values}'. Give a list of values, or low, high and log.")
     return space
+
+
+def default_of(option: str, defaults: Mapping[str, Any]) -> Any:
+    """The default of an option.
+
+    Args:
+        option: Its name.
+        defaults: By name; of a list each element is there (``option.0``).
+
+    Raises:
+        ValueError: There is no such option.
+    """
+    if option in defaults:
+        return defaults[option]
+    elements = [*itertools.takewhile(defaults.__contains__, (f"{option}.{number}" for number in itertools.count()))]
+    if not elements:
+        raise ValueError(f"Its search space names '{option}', which is no option of this run. Correct it under 'search'.")
+    return [defaults[element] for element in elements]
 
 
 def _range(option: str, given: Mapping[str, Any], default: Any) -> Range:

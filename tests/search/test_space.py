@@ -27,12 +27,20 @@ def test_the_default_belongs_to_it() -> None:
     assert space == {"lr": Range(0.01, 0.1, log=True), "epochs": Choices((5, 1, 2)), "clip": Choices((None, 1.0))}
 
 
+def test_values_that_are_lists() -> None:
+    space = read_space({"betas": [[0.9, 0.99]]}, {"betas.0": 0.9, "betas.1": 0.999})
+    assert space == {"betas": Choices(([0.9, 0.999], [0.9, 0.99]))}
+    part = space["betas"]
+    assert [part.sampled(choice) for choice in part.distribution().choices] == [[0.9, 0.999], [0.9, 0.99]]
+
+
 @pytest.mark.parametrize(
     ("found", "said"),
     [
         (None, "It has no search space"),
         ({}, "It has no search space"),
         ([1], "It has no search space"),
+        ({"clip.0": [1]}, "names 'clip.0', which is no option of this run"),
         ({"rate": [1]}, "names 'rate', which is no option of this run"),
         ({"lr": []}, "Give a list of values, or low, high and log"),
         ({"lr": 0.1}, "Give a list of values, or low, high and log"),
