@@ -5,7 +5,6 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from pkgutil import resolve_name
 from typing import Any
 
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
@@ -137,13 +136,14 @@ class UnlearningCLI(LightningCLI):
         if command != "fit" and given is None:
             raise ValueError(
                 f"It is not said which model to {command}. Give --ckpt_path {last}, or --ckpt_path original for the model that"
-                " model.original names."
+                " training starts from."
             )
         if given == "original":
             if command == "fit":
                 raise ValueError("--ckpt_path resumes a run. What fit starts from is given with --model.original.")
-            named = options.model.init_args.get("original", "its own weights")
-            if named is None and not getattr(resolve_name(options.model.class_path), "pretrained", False):
+            given_model = options.model.init_args
+            its_own = isinstance(given_model.get("pipeline"), str)  # by name or folder, it comes with the weights
+            if given_model.get("original", "its own weights") is None and not its_own:
                 raise ValueError("There is no original model: give its checkpoint with --model.original, or with --ckpt_path.")
             options.ckpt_path = None
         elif given == "last" and command != "fit":

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from PIL import Image
 from torchvision.transforms.functional import to_pil_image
 from typing_extensions import override
@@ -28,10 +28,11 @@ class ImageWriter(Callback):
 
     Args:
         before: The folder ``images`` of another run, such as of the original model: a grid then has a row of its images above
-            each row of those of this run, with the same numbers and from the same noise.
+            each row of those of this run, with the same numbers and from the same noise. The place of an image that is not
+            there, or has another size, stays white.
 
     Raises:
-        FileNotFoundError: There is no such folder, or not all of these images in it.
+        FileNotFoundError: There is no such folder.
     """
 
     def __init__(self, before: str | os.PathLike[str] | None = None) -> None:
@@ -67,23 +68,21 @@ class ImageWriter(Callback):
         unfinished, finished = _unfinished(trainer), _finished(trainer)
         if not trainer.is_global_zero or not unfinished.is_dir():
             return
+        lacking: list[Path] = []
         for folder in sorted(unfinished.iterdir()):
             paths = sorted(folder.iterdir())
-            _grid(paths, self._earlier(folder.name, paths)).save(folder.with_name(f"{folder.name}.png"))
+            before = [] if self.before is None else [self.before / folder.name / path.name for path in paths]
+            lacking += [path for path in before if not _fits(path, paths[0])]
+            _grid(paths, before).save(folder.with_name(f"{folder.name}.png"))
+        if lacking:
+            rank_zero_warn(
+                f"Of {len(lacking)} images there is none of the same size in '{self.before}', such as '{lacking[0]}': their"
+                " places in the grids are white. Draw the same images there."
+            )
         if finished.exists() and not _written_here(finished):
             set_aside(finished, "not all that it holds are images that were generated")
         replace_folder(unfinished, finished)
         rank_zero_info(f"Images: {finished}")
-
-    def _earlier(self, name: str, paths: list[Path]) -> list[Path]:
-        """The same images of the other run."""
-        if self.before is None:
-            return []
-        earlier = [self.before / name / path.name for path in paths]
-        for path in earlier:
-            if not path.is_file():
-                raise FileNotFoundError(f"There is no image '{path}' to show before its like. Predict the same images there.")
-        return earlier
 
 
 def _written_here(folder: Path) -> bool:
@@ -101,8 +100,14 @@ def _grid(paths: list[Path], before: list[Path]) -> Image.Image:
     grid = Image.new(first.mode, (len(rows[0]) * width - 1, len(rows) * height - 1), "white")
     for y, row in enumerate(rows):
         for x, path in enumerate(row):
-            grid.paste(_opened(path), (x * width, y * height))
+            if _fits(path, paths[0]):
+                grid.paste(_opened(path), (x * width, y * height))
     return grid
+
+
+def _fits(path: Path, like: Path) -> bool:
+    """Whether there is an image, of the same size as another."""
+    return path.is_file() and _opened(path).size == _opened(like).size
 
 
 def _opened(path: Path) -> Image.Image:

@@ -87,7 +87,7 @@ def save_images(images: Mapping[int, Mapping[int, Tensor]], path: Path) -> None:
     """Save a picture of generated images, if there are any: a row for each class, a pixel apart.
 
     Args:
-        images: uint8 (C, H, W), by class and number; as many of each are shown as there are of all.
+        images: uint8 (C, H, W), by class and number; of each are shown as many as there are of the class with the fewest.
         path: Where to.
     """
     if images:

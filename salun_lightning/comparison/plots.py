@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from salun_lightning.comparison.paired import Results, Table
@@ -90,11 +91,12 @@ def _draw_samples(plt: Any, cells: Sequence[Cell]) -> None:
     names, forgotten = results[0]["sampled_classes"], results[0]["forgotten_classes"]
     tall, wide = pictures[0].shape[:2]
     height = tall / len(names)
-    size = ((0.32 * wide / height + 0.6) * len(cells), 0.32 * len(names) + 0.6)
-    _, (axes,) = plt.subplots(1, len(cells), figsize=size, squeeze=False, gridspec_kw={"wspace": 0.6 * height / (0.32 * wide)})
+    panel, gap = 0.32 * wide / height, 0.6  # inches
+    size = ((panel + gap) * len(cells), 0.32 * len(names) + 0.6)
+    _, (axes,) = plt.subplots(1, len(cells), figsize=size, squeeze=False, gridspec_kw={"wspace": gap / panel})
     for axis, cell, picture, result in zip(axes, cells, pictures, results, strict=True):
         axis.imshow(picture, cmap="gray", interpolation="nearest", aspect="auto")
-        axis.set_title(cell.row.replace(", ", ",\n"), fontsize=10)
+        axis.set_title(fill(cell.row, max(10, round(9 * (panel + gap)))), fontsize=10)  # nine letters to an inch
         axis.set_xticks([])
         axis.set_yticks([(i + 0.5) * height - 0.5 for i in range(len(names))], names if axis is axes[0] else [])
         axis.tick_params(length=0, labelsize=9)
@@ -104,7 +106,7 @@ def _draw_samples(plt: Any, cells: Sequence[Cell]) -> None:
                 style = {"color": "red", "weight": "bold"} if name in forgotten else {}
                 place = (1.03, 1 - (i + 0.5) / len(names))
                 axis.text(*place, f"{accuracy:.0f}", transform=axis.transAxes, fontsize=8, va="center", **style)
-                axes[0].set_ylabel("class (right: % recognised)", fontsize=9)
+                axes[0].set_ylabel("class (right: % recognised)", fontsize=9)  # only where such figures are
         for spine in axis.spines.values():
             spine.set_visible(False)
     for label in axes[0].get_yticklabels():

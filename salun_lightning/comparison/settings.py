@@ -20,6 +20,9 @@ from salun_lightning.sentences import sentence
 Settings = dict[str, Any]
 """Plain values by dotted name; paths are text."""
 
+EMPTY = "empty"
+"""What stands for a list or a group without elements."""
+
 _SMALL = 1 << 20
 _read: dict[str, dict[str, Any]] = {}  # what this process has read, in any comparison
 
@@ -151,7 +154,7 @@ def _leaves(node: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     if not isinstance(node, Mapping):
         yield name, node
     elif not node:
-        yield name, "empty"
+        yield name, EMPTY
     else:
         for key, value in node.items():
             yield from _leaves(value, f"{name}.{key}" if name else str(key))

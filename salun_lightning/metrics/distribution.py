@@ -25,7 +25,7 @@ class Distribution(Metric):
     :meth:`compute` returns
 
     - ``FID``, ``KID``, ``precision``, ``recall``: of generated images against real ones of the same conditions (Heusel et al.,
-      NeurIPS 2017; Binkowski et al., ICLR 2018; Kynkäänniemi et al., NeurIPS 2019)
+      NeurIPS 2017; Binkowski et al., ICLR 2018; Kynkäänniemi et al., NeurIPS 2019), the last two with ``neighbours``
     - ``num_real``, ``num_generated``: how many images those compare. They depend on these numbers and on the features: only
       figures that agree in both can be compared.
     - ``FID_real``: where ``FID`` stops telling models apart, the FID of real images that no model was trained on, of the same

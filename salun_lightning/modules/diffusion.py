@@ -51,7 +51,7 @@ class Diffusion(UnlearningModule):
     A subclass knows what a condition means, and says how the network is called with it (:meth:`predict`). It may also say which
     condition stands for none (:attr:`null`), and how images become the latents that noise is added to (:meth:`encode`,
     :meth:`decode`, :attr:`latent_shape`), by default their pixels. Latents and predictions have shape (B, C, H, W). ``test``
-    logs the noise-prediction error on every set (``test/val/loss``), and what ``evaluation`` measures.
+    logs the noise-prediction error on every set (``test/val/loss``), if ``test_loss``, and what ``evaluation`` measures.
 
     Args:
         network: What is trained.

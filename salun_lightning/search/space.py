@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from salun_lightning.comparison.settings import EMPTY
+
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
@@ -159,6 +161,8 @@ def read_space(found: Any, defaults: Mapping[str, Any]) -> Space:
     for option, values in found.items():
         default = default_of(option, defaults)
         if isinstance(values, list) and values:
+            if default == EMPTY and any(isinstance(value, list) for value in values):
+                default = []
             space[option] = Choices(()).reaching([default, *values])
         elif isinstance(values, Mapping) and {"low", "high"} <= values.keys() <= {"low", "high", "log"}:
             space[option] = _range(option, values, default)
@@ -175,14 +179,16 @@ def default_of(option: str, defaults: Mapping[str, Any]) -> Any:
         defaults: By name; of a list each element is there (``option.0``).
 
     Raises:
-        ValueError: There is no such option.
+        ValueError: There is no such option, or it is neither a value nor a list of values.
     """
     if option in defaults:
         return defaults[option]
-    elements = [*itertools.takewhile(defaults.__contains__, (f"{option}.{number}" for number in itertools.count()))]
-    if not elements:
+    inside = [name for name in defaults if name.startswith(f"{option}.")]
+    if not inside:
         raise ValueError(f"Its search space names '{option}', which is no option of this run. Correct it under 'search'.")
-    return [defaults[element] for element in elements]
+    if inside != [f"{option}.{number}" for number in range(len(inside))]:
+        raise ValueError(f"Its search space names '{option}', which holds further options: {', '.join(inside[:3])}. Name one.")
+    return [defaults[name] for name in inside]
 
 
 def _range(option: str, given: Mapping[str, Any], default: Any) -> Range:

@@ -137,12 +137,17 @@ def test_the_grid_shows_what_was_drawn_before_above_its_like(tmp_path: Path, num
 
 
 def test_images_to_show_before_that_are_not_there(tmp_path: Path) -> None:
+    """What was drawn is kept: it may have taken hours."""
     with pytest.raises(FileNotFoundError, match=r"There is no folder '.*nothing' with images of another run: predict them f"):
         paint(tmp_path / "after", 2, callbacks=[ImageWriter(tmp_path / "nothing")])
-    paint(tmp_path, 1)
-    with pytest.raises(FileNotFoundError, match=r"There is no image '.*00001\.png' to show before its like\. Predict the same"):
-        paint(tmp_path / "after", 2, callbacks=[ImageWriter(tmp_path / "images")])
-    assert not (tmp_path / "after" / "images").exists()
+    paint(tmp_path / "before", 2)
+    Image.new("L", (60, 50)).save(tmp_path / "before" / "images" / "1-a_b_c" / "00001.png")
+    with pytest.warns(UserWarning, match=r"^Of 5 images there is none of the same size in '.*', such as '.*0-cat.00002\.png'"):
+        paint(tmp_path / "after", 3, callbacks=[ImageWriter(tmp_path / "before" / "images")])
+    grid = pixels(tmp_path / "after" / "images" / "1-a_b_c.png")
+    assert np.array_equal(grid[:5, :6], grid[6:, :6])
+    assert (grid[:6, 6:] == 255).all()
+    assert np.array_equal(grid[6:, 7:13], image(1, 1, 1)[0])
 
 
 def test_a_later_run_replaces_all_of_an_earlier_one(tmp_path: Path) -> None:

@@ -279,6 +279,18 @@ def test_the_grids_are_of_the_first_seed_and_each_case(tmp_path: Path, monkeypat
     assert "ESD" not in texts["samples-c.png"]
 
 
+def test_titles_of_narrow_grids_are_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.figure import Figure
+
+    titles: list[str] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: titles.extend(axis.get_title() for axis in figure.axes))
+    narrow = [sampled(tmp_path, row, 1, "c", {}, picture=False) for row in ("original", "ESD 0.0001 12", "SalUn, random mask")]
+    for cell in narrow:
+        Image.new("L", (9, 16)).save(cell.samples)
+    plot_samples(narrow, tmp_path)
+    assert titles == ["original", "ESD 0.0001\n12", "SalUn,\nrandom\nmask"]
+
+
 def test_rows_without_samples_are_left_out_of_the_grids(tmp_path: Path) -> None:
     assert plot_samples([], tmp_path) == []
     assert not list(tmp_path.iterdir())

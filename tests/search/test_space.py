@@ -8,7 +8,17 @@ import pytest
 from salun_lightning.search.space import Choices, Range, grid, read_space, size, spread
 
 RATE = {"low": 1.0e-3, "high": 0.1, "log": True}
-DEFAULTS: dict[str, Any] = {"lr": 0.01, "alpha": 0.95, "epochs": 5, "order": "mixed", "name": "x", "clip": None}
+DEFAULTS: dict[str, Any] = {
+    "net.sizes.0.0": 1,
+    "net.sizes.0.1": 2,
+    "net.depth": 3,
+    "lr": 0.01,
+    "alpha": 0.95,
+    "epochs": 5,
+    "order": "mixed",
+    "name": "x",
+    "clip": None,
+}
 
 
 def test_a_space_is_read() -> None:
@@ -32,6 +42,8 @@ def test_values_that_are_lists() -> None:
     assert space == {"betas": Choices(([0.9, 0.999], [0.9, 0.99]))}
     part = space["betas"]
     assert [part.sampled(choice) for choice in part.distribution().choices] == [[0.9, 0.999], [0.9, 0.99]]
+    assert read_space({"milestones": [[1, 2]]}, {"milestones": "empty"}) == {"milestones": Choices(([], [1, 2]))}
+    assert read_space({"name": ["full"]}, {"name": "empty"}) == {"name": Choices(("empty", "full"))}
 
 
 @pytest.mark.parametrize(
@@ -41,6 +53,8 @@ def test_values_that_are_lists() -> None:
         ({}, "It has no search space"),
         ([1], "It has no search space"),
         ({"clip.0": [1]}, "names 'clip.0', which is no option of this run"),
+        ({"net": [1]}, "names 'net', which holds further options: net.sizes.0.0, net.sizes.0.1, net.depth. Name one."),
+        ({"net.sizes": [[[1]]]}, "names 'net.sizes', which holds further options: net.sizes.0.0, net.sizes.0.1. Name one"),
         ({"rate": [1]}, "names 'rate', which is no option of this run"),
         ({"lr": []}, "Give a list of values, or low, high and log"),
         ({"lr": 0.1}, "Give a list of values, or low, high and log"),
