@@ -99,3 +99,29 @@ def test_strength_out_of_range(strength: float) -> None:
 def test_a_part_that_the_order_does_not_bring() -> None:
     with pytest.raises(ValueError, match=r"ESD needs the part 'forget' in each batch.*order 'forget'"):
         ESD().loss(model(), {"retain": SAMPLES})
+
+
+def test_it_steers_away_from_the_conditions_that_are_named() -> None:
+    """As if all images of the forget set were of these."""
+    module = model(forgotten=(0, 1))
+    torch.manual_seed(3)
+    loss = ESD(conditions=["1"]).loss(module, {"forget": SAMPLES})
+    torch.manual_seed(3)
+    torch.randint(1, (6,))  # which of one
+    assert loss == ESD().loss(module, {"forget": SAMPLES._replace(targets=torch.ones(6, dtype=torch.int64))})
+    torch.manual_seed(3)
+    both = ESD(conditions=[0, 1]).loss(module, {"forget": SAMPLES})
+    torch.manual_seed(3)
+    assert both == ESD().loss(module, {"forget": SAMPLES._replace(targets=torch.randint(2, (6,)))})
+
+
+@pytest.mark.parametrize(
+    ("conditions", "said"),
+    [
+        ("nine", r"^There is no class 'nine'\. The classes are: "),
+        ([0, "2"], r"^ESD is to steer away from '2', which is not to be"),
+    ],
+)
+def test_conditions_that_are_not_there_or_not_forgotten(conditions: list[int | str] | str, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        ESD(conditions=conditions).on_fit_start(None, model(forgotten=(0, 1)))  # type: ignore[arg-type]

@@ -119,7 +119,8 @@ class Attached(ClassDiffusion):
 
     @property
     def datamodule(self) -> Any:
-        return SimpleNamespace(num_classes=CLASSES, forgotten_classes=self.forgotten_classes)
+        names = [str(number) for number in range(CLASSES)]
+        return SimpleNamespace(num_classes=CLASSES, forgotten_classes=self.forgotten_classes, class_names=names)
 
 
 def attached(network: nn.Module | None = None, forgotten: tuple[int, ...] = (0,), **kwargs: Any) -> Attached:
