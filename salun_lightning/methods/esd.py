@@ -58,7 +58,7 @@ class ESD(Method):
         self.strength = strength
         self.start_guidance = start_guidance
         self.steps = steps
-        self.conditions = None if conditions is None else ForgetClasses(conditions)
+        self.conditions = conditions
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -69,7 +69,7 @@ class ESD(Method):
         if self.conditions is None:
             return None
         data = module.datamodule
-        chosen = self.conditions.classes(data.class_names)
+        chosen = ForgetClasses(self.conditions).classes(data.class_names)
         for number in chosen:
             if number not in data.forgotten_classes:
                 raise ValueError(f"ESD is to steer away from '{data.class_names[number]}', which is not to be forgotten.")

@@ -58,10 +58,22 @@ def check_resumed(record: Mapping[str, Any], method: Method) -> None:
 
 
 def _described(method: Method) -> dict[str, Any]:
-    plain = (bool, int, float, str, type(None))
-    arguments = {name: value for name, value in vars(method).items() if not name.startswith("_") and isinstance(value, plain)}
+    given = inspect.signature(type(method)).parameters  # a list that a method fills while it trains is none of them
+    arguments = {
+        name: value
+        for name, value in vars(method).items()
+        if not name.startswith("_") and (_is_plain(value) or (name in given and _is_list(value)))
+    }
     described = {"class": type(method).__name__, **arguments}
     return {**described, "inner": [_described(inner) for inner in method.inner]} if method.inner else described
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, bool | int | float | str | None)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_plain, value))
 
 
 def _fit(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:

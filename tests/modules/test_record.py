@@ -10,9 +10,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 
 from salun_lightning.cli import main
-from salun_lightning.methods import FineTune, Method, MUNBa, NegGradPlus, RandomLabel
+from salun_lightning.methods import ESD, FineTune, Method, MUNBa, NegGradPlus, RandomLabel
 from salun_lightning.modules import ImageClassifier
-from salun_lightning.modules.record import KEY, check_resumed
+from salun_lightning.modules.record import KEY, check_resumed, what_was_run
 from salun_lightning.networks import SmallResNet
 from tests.modules.small_runs import classifier, digits, same, trainer, weights
 
@@ -73,6 +73,20 @@ def test_a_run_of_other_inner_methods_does_not_go_on() -> None:
         check_resumed(content[KEY], MUNBa(NegGradPlus(alpha=0.6)))
     with pytest.raises(MisconfigurationException, match=r"has MUNBa\(RandomLabel\(.*\), FineTune\(order=retain\)\)"):
         check_resumed(content[KEY], MUNBa())
+
+
+def test_lists_are_part_of_what_was_run() -> None:
+    record = what_was_run(ESD(conditions=["a seven", 3]))
+    assert record["method"]["conditions"] == ["a seven", 3]
+    check_resumed(record, ESD(conditions=["a seven", 3]))
+    with pytest.raises(
+        MisconfigurationException, match=r"ESD\(.*conditions=\['a seven', 3\]\), but .*conditions=\['a two'\]\)"
+    ):
+        check_resumed(record, ESD(conditions=["a two"]))
+    method = FineTune()
+    method.losses = [1.0]  # type: ignore[attr-defined]  # of what a method notes while it trains, nothing is asked
+    check_resumed(what_was_run(method), FineTune())
+    assert "losses" not in what_was_run(method)["method"]
 
 
 def test_any_method_is_tested(tmp_path: Path) -> None:
