@@ -103,7 +103,7 @@ class MethodSearch:
             raise ValueError(f"Method '{method}': {error}") from error
         # what the trials of another day came to is only taken up if nothing has changed since
         wanted = [cell.key for cell in pilot.plan.cells if cell.row == pilot.reference and cell.case in request.cases]
-        first = [{option: default_of(option, values) for option in space}]
+        first = [{option: default_of(option, found[option], values) for option in space}]
         others = [task for task in pilot.plan.task if tuned_folder(task) != self.file.parent]
         for other in filter(None, (beside([task], f"tuned/{method}") for task in others)):  # found for the task: worth a trial
             there = yaml.safe_load(other.read_text(encoding="utf-8")) or {}

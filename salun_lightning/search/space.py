@@ -159,10 +159,8 @@ def read_space(found: Any, defaults: Mapping[str, Any]) -> Space:
         )
     space: Space = {}
     for option, values in found.items():
-        default = default_of(option, defaults)
+        default = default_of(option, values, defaults)
         if isinstance(values, list) and values:
-            if default == EMPTY and any(isinstance(value, list) for value in values):
-                default = []
             space[option] = Choices(()).reaching([default, *values])
         elif isinstance(values, Mapping) and {"low", "high"} <= values.keys() <= {"low", "high", "log"}:
             space[option] = _range(option, values, default)
@@ -171,18 +169,20 @@ def read_space(found: Any, defaults: Mapping[str, Any]) -> Space:
     return space
 
 
-def default_of(option: str, defaults: Mapping[str, Any]) -> Any:
+def default_of(option: str, values: Any, defaults: Mapping[str, Any]) -> Any:
     """The default of an option.
 
     Args:
         option: Its name.
+        values: What is tried of it: if these are lists, what is empty is one, too.
         defaults: By name; of a list each element is there (``option.0``).
 
     Raises:
         ValueError: There is no such option, or it is neither a value nor a list of values.
     """
     if option in defaults:
-        return defaults[option]
+        lists = isinstance(values, list) and any(isinstance(value, list) for value in values)
+        return [] if lists and defaults[option] == EMPTY else defaults[option]
     inside = [name for name in defaults if name.startswith(f"{option}.")]
     if not inside:
         raise ValueError(f"Its search space names '{option}', which is no option of this run. Correct it under 'search'.")

@@ -92,14 +92,16 @@ def test_what_is_found_is_written_and_taken_by_comparisons(folder: Path, capsys:
     assert "--config labels.yaml --config digits/tuned/labels.yaml" in commands["memorised"]
 
 
-def test_a_list_is_searched_as_one_value(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    steps = {"class_path": "MultiStepLR", "init_args": {"milestones": [1]}}
+@pytest.mark.parametrize("default", [[1], []])
+def test_a_list_is_searched_as_one_value(folder: Path, capsys: pytest.CaptureFixture[str], default: list[int]) -> None:
+    steps = {"class_path": "MultiStepLR", "init_args": {"milestones": default}}
     content = {"model.method": "GradientAscent", "model.lr_scheduler": steps}
     write(folder / "steps.yaml", {**content, "search": {"model.lr_scheduler.milestones": [[1, 2]]}})
     (one,) = search("--methods", "steps.yaml", "--trials", "2", "--cases", "tenth")
-    assert {line.rpartition("  ")[2] for line in trials(capsys.readouterr().out)} == {"milestones [1]", "milestones [1, 2]"}
+    tried = {line.rpartition("  ")[2] for line in trials(capsys.readouterr().out)}
+    assert tried == {f"milestones {default}", "milestones [1, 2]"}
     assert yaml.safe_load(Path(one["file"]).read_text()) == one["options"]
-    assert one["options"]["model.lr_scheduler.milestones"] in ([1], [1, 2])
+    assert one["options"]["model.lr_scheduler.milestones"] in (default, [1, 2])
 
 
 def test_a_request_tries_what_was_found_for_its_task(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
