@@ -72,7 +72,8 @@ class ImageWriter(Callback):
         for folder in sorted(unfinished.iterdir()):
             paths = sorted(folder.iterdir())
             before = [] if self.before is None else [self.before / folder.name / path.name for path in paths]
-            lacking += [path for path in before if not _fits(path, paths[0])]
+            size = _size(paths[0])
+            lacking += [path for path in before if _size(path) != size]
             _grid(paths, before).save(folder.with_name(f"{folder.name}.png"))
         if lacking:
             rank_zero_warn(
@@ -100,14 +101,17 @@ def _grid(paths: list[Path], before: list[Path]) -> Image.Image:
     grid = Image.new(first.mode, (len(rows[0]) * width - 1, len(rows) * height - 1), "white")
     for y, row in enumerate(rows):
         for x, path in enumerate(row):
-            if _fits(path, paths[0]):
+            if _size(path) == first.size:
                 grid.paste(_opened(path), (x * width, y * height))
     return grid
 
 
-def _fits(path: Path, like: Path) -> bool:
-    """Whether there is an image, of the same size as another."""
-    return path.is_file() and _opened(path).size == _opened(like).size
+def _size(path: Path) -> tuple[int, int] | None:
+    """Width and height of an image, if there is one; its pixels are not read."""
+    if not path.is_file():
+        return None
+    with Image.open(path) as image:
+        return image.size
 
 
 def _opened(path: Path) -> Image.Image:

@@ -106,9 +106,10 @@ def _draw_samples(plt: Any, cells: Sequence[Cell]) -> None:
                 style = {"color": "red", "weight": "bold"} if name in forgotten else {}
                 place = (1.03, 1 - (i + 0.5) / len(names))
                 axis.text(*place, f"{accuracy:.0f}", transform=axis.transAxes, fontsize=8, va="center", **style)
-                axes[0].set_ylabel("class (right: % recognised)", fontsize=9)  # only where such figures are
         for spine in axis.spines.values():
             spine.set_visible(False)
     for label in axes[0].get_yticklabels():
         if label.get_text() in forgotten:
             label.set(color="red", weight="bold")
+    if any(axis.texts for axis in axes):
+        axes[0].set_ylabel("class (right: % recognised)", fontsize=9)

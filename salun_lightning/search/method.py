@@ -93,7 +93,7 @@ class MethodSearch:
         self.name = f"{method}, {request.name}"
         self.file = tuned_folder(request.file) / f"{method}.yaml"
         self.result: dict[str, Any] | None = None
-        found = (yaml.safe_load(file.read_text(encoding="utf-8")) or {}).get("search")
+        found: Any = (yaml.safe_load(file.read_text(encoding="utf-8")) or {}).get("search")
         place = pilot.plan.out / "trials" / f"{slug(request.file.stem)}-{slug(method)}"
         cells = self.cells({}, place)
         values = {name.replace(".init_args", ""): value for name, value in cells[0].settings.items()}

@@ -383,25 +383,15 @@ def test_a_concept_is_forgotten_from_the_command_line(tmp_path: Path, monkeypatc
     assert same(weights(again.network), after)
 
     asked = ["--model.evaluation.per_condition=2", "--model.evaluation.conditions=[a seven, an eight]"]
-    common = [
-        "predict",
-        "-c",
-        "digits_text",
-        "-c",
-        "method/salun_concept",
-        f"--model.pipeline={pipeline}",
-        "--model.original=null",
-        *asked,
-        *once[1:],
-    ]
+    tasks = ["-c", "digits_text", "-c", "method/salun_concept"]
+    common = ["predict", *tasks, f"--model.pipeline={pipeline}", "--model.original=null", *asked, *once[1:]]
     main([*common, "--ckpt_path=original", "--trainer.default_root_dir=drawn"])  # the pipeline itself
     module = started(TextToImage(str(pipeline), sampling=Sampling(steps=10, guidance=4.0)), digits(), tmp_path / "module")
     images = (255 * module.sample(torch.tensor([7, 7]), torch.arange(2))).round()[:, 0]
     shown = np.stack([np.asarray(Image.open(f"drawn/images/7-a_seven/0000{n}.png")) for n in range(2)])
     assert np.abs(shown - images.numpy()).max() <= 1  # a batch of other images beside them rounds otherwise
-    with pytest.raises(
-        ValueError, match=r"^There is no original model: give its checkpoint"
-    ):  # one with random weights is none
+    # one with random weights is none
+    with pytest.raises(ValueError, match=r"^There is no original model: give its checkpoint"):
         main(["predict", "-c", "digits_text", "--model.original=null", "--ckpt_path=original"])
     compared = ["--trainer.callbacks=ImageWriter", "--trainer.callbacks.before=drawn/images"]
     main([*common, "--ckpt_path=erased/checkpoints/last.ckpt", "--trainer.default_root_dir=erased", *compared])
